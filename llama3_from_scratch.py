@@ -1,0 +1,645 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch==2.13.0", "tiktoken==0.14.0", "blobfile==3.3.0", "safetensors==0.8.0"]
+# ///
+"""Llama 3, one matrix multiplication at a time.
+
+One flat file that takes Meta's checkpoint (a dict of tensors and params.json) from a prompt to text. Read it
+top to bottom; the heart is `forward`. The code you read is the code that runs and the code that is tested.
+
+    python llama3_from_scratch.py "Once upon a time"                       a story, and every tensor's shape
+    python llama3_from_scratch.py --chat "What do llamas eat?"             a question
+    python llama3_from_scratch.py "Hello" --weights ~/Llama3.2-1B          real weights, as Meta ships them
+    python llama3_from_scratch.py "Hello" --break-at "layers.0.*.scores"   stop in forward, in the debugger
+    python llama3_from_scratch.py "Hello" --save-trace t.safetensors       every tensor of the pass, in a file
+
+Dimension key, for every docstring; whenever a pass is probed its letters are checked against the real sizes:
+    B batch   T new tokens   S positions in the cache   D model dim   F feed-forward dim   V vocabulary
+    H query heads   K key/value heads   G = H/K query heads that share a key/value head   E head dim
+"""
+import argparse
+import base64
+import bdb
+import codecs
+import fnmatch
+import functools
+import inspect
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import blobfile
+import safetensors.torch
+import tiktoken
+import torch
+from torch.nn.functional import silu
+
+# ------------------------------------------------------------------------ the checkpoint
+
+
+def read_params(folder):
+    """The sizes of a model: params.json as a dict, with all that Meta's code supplies or derives filled in.
+
+    That is n_kv_heads, head_dim, ffn_dim, norm_eps, rope_theta, RoPE scaling and max_seq_len (llama-models,
+    models/llama3/args.py and model.py). Raises ValueError, in one line, if the file makes no sense.
+    """
+    path = Path(folder) / "params.json"
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; it belongs beside consolidated.00.pth and tokenizer.model")
+    try:
+        given = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as problem:
+        raise ValueError(f"{path}: not a JSON object ({problem})") from None
+    params = {"n_kv_heads": given.get("n_heads"), "norm_eps": 1e-5, "rope_theta": 10000.0, "multiple_of": 256,
+              "ffn_dim_multiplier": 1.0, "use_scaled_rope": False} | given
+    for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier",
+                "norm_eps", "rope_theta"):
+        whole = key not in ("ffn_dim_multiplier", "norm_eps", "rope_theta")
+        if type(params.get(key)) not in (int, int if whole else float) or not 0 < params[key] < 1e9:
+            raise ValueError(f"{path}: {key} is {params.get(key, 'missing')!r}, expected a {'whole ' * whole}"
+                             "number above 0")
+    D, H, K, unit = (params[key] for key in ("dim", "n_heads", "n_kv_heads", "multiple_of"))
+    params.setdefault("head_dim", D // H)
+    F = int(params["ffn_dim_multiplier"] * int(2 * 4 * D / 3))  # SwiGLU: 3 matrices where older models had 2
+    params.setdefault("ffn_dim", math.ceil(F / unit) * unit)
+    if H % K or params["head_dim"] % 2 or not params["head_dim"]:
+        raise ValueError(f"{path}: dim {D}, {H} heads, {K} key/value heads, head dim {params['head_dim']}: "
+                         "they do not fit together")
+    # No release stores its RoPE factor. Meta's code has 8, but 3.2 1B and 3B want 32 (llama-models #241).
+    is_llama_3_2 = (D, params["n_layers"]) in ((2048, 16), (3072, 28))
+    params.setdefault("rope_scaling_factor", 32 if is_llama_3_2 else 8)
+    params.setdefault("max_seq_len", 131072 if params["use_scaled_rope"] else 8192)
+    return params
+
+
+def weight_shapes(params):
+    """The name and shape of every tensor of a model with these params, in Meta's names."""
+    D, F, V, E = (params[key] for key in ("dim", "ffn_dim", "vocab_size", "head_dim"))
+    HE, KE = params["n_heads"] * E, params["n_kv_heads"] * E
+    layer = {"attention_norm": (D,), "attention.wq": (HE, D), "attention.wk": (KE, D),
+             "attention.wv": (KE, D), "attention.wo": (D, HE), "ffn_norm": (D,),
+             "feed_forward.w1": (F, D), "feed_forward.w3": (F, D), "feed_forward.w2": (D, F)}
+    layers = {f"layers.{i}.{name}.weight": layer[name] for i in range(params["n_layers"]) for name in layer}
+    return {"tok_embeddings.weight": (V, D), **layers, "norm.weight": (D,), "output.weight": (V, D)}
+
+
+def open_shards(folder):
+    """The .pth files of a folder in Meta's layout: dicts of tensors that stay on disk until they are read."""
+    count = max(1, len(list(Path(folder).glob("consolidated.*.pth"))))
+    shards = []
+    for path in (Path(folder) / f"consolidated.{n:02}.pth" for n in range(count)):
+        if not path.is_file():
+            raise ValueError(f"{path}: no such file; shards are numbered from 00 on, with none left out")
+        try:
+            shard = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+        except Exception as problem:  # torch raises a dozen kinds for a file that is no checkpoint
+            reason = str(problem).strip().partition("\n")[0][:120]
+            raise ValueError(f"{path}: not a PyTorch checkpoint, or one cut short ({reason})") from None
+        if not isinstance(shard, dict) or not all(isinstance(t, torch.Tensor) for t in shard.values()):
+            raise ValueError(f"{path}: expected a dict of tensors, found {type(shard).__name__}")
+        shards.append(shard)
+    return shards
+
+
+def load_weights(shards, params, device="cpu", dtype=None, n_layers=None):
+    """One dict of whole tensors in Meta's names, from one shard or many, after every shape has been checked.
+
+    One shard in its own dtype on the CPU is used straight from the mapped file. Else tensor after tensor is
+    joined, converted and moved: memory peaks at the model plus one tensor. dtype None keeps the file's;
+    n_layers leaves out all layers after the first so many.
+    """
+    first, shapes, N = shards[0], weight_shapes(params), len(shards)
+    embedding, head = first.get("tok_embeddings.weight"), first.get("output.weight")
+    # Meta's 3.2 files hold the head as the same memory as the embedding, other people's do not hold it.
+    tied = head is None or embedding is not None and head.data_ptr() == embedding.data_ptr()
+    if tied:
+        del shapes["output.weight"]
+    dims = {}  # along which dim are a tensor's slices joined? The one that makes the expected shape.
+    for name, shape in shapes.items():
+        slices = {tuple(size // N if d == dim else size for d, size in enumerate(shape)): dim
+                  for dim, size in enumerate(shape) if len(shape) > 1 and size % N == 0} or {shape: None}
+        for n, shard in enumerate(shards):
+            found = tuple(shard[name].shape) if name in shard else "no such tensor"
+            if found not in slices or not shard[name].is_floating_point():
+                raise ValueError(f"consolidated.{n:02}.pth: {name}: expected floating point numbers of shape "
+                                 f"{' or '.join(map(str, slices))} from params.json, found {found}"
+                                 f"{f' {shard[name].dtype}' if name in shard else ''}")
+            dims[name] = slices[found]
+    unknown = first.keys() - shapes.keys() - {"output.weight", "rope.freqs"}  # Llama 2 files have the latter
+    if unknown:
+        raise ValueError(f"consolidated.00.pth: {min(unknown)}: no Llama 3 of this size has such a tensor")
+    weights = {}
+    for name in weight_shapes(params | {"n_layers": n_layers or params["n_layers"]}):
+        if name in dims:
+            slices = [shard[name] for shard in shards]
+            whole = slices[0] if N == 1 or dims[name] is None else torch.cat(slices, dims[name])
+            weights[name] = whole.to(device=device, dtype=dtype or embedding.dtype)
+    return weights if not tied else weights | {"output.weight": weights["tok_embeddings.weight"]}
+
+
+# ------------------------------------------------------------------------ the tokenizer and the chat format
+
+
+def load_tokenizer(path):
+    """A tiktoken Encoding from a tokenizer.model, whose lines are "base64 rank".
+
+    Llama 3's 256 special tokens follow the ranks. Source of these and of the pattern: llama-models,
+    models/llama3/tokenizer.py.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file; it comes with the weights")
+    ranks = {}  # read here: tiktoken's own loader caches by path, and can hand out another folder's file
+    with blobfile.BlobFile(str(path), "rb") as file:
+        for number, line in enumerate(file.read().splitlines(), 1):
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except ValueError:
+                raise ValueError(f'{path}: line {number} is not "base64 rank": {line[:40]!r}') from None
+    if {*ranks.values()} != {*range(len(ranks))} or not ranks.keys() >= {bytes([b]) for b in range(256)}:
+        raise ValueError(f"{path}: {len(ranks)} tokens, but not one for each byte, or not one for each rank")
+    names = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
+             "finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id",
+             "python_tag", "image", *(f"reserved_special_token_{n}" for n in range(2, 246))]
+    return tiktoken.Encoding(
+        name=str(path), mergeable_ranks=ranks,
+        special_tokens={f"<|{name}|>": len(ranks) + n for n, name in enumerate(names)},
+        pat_str=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def encode(tokenizer, text):
+    """Token ids of a text. Nothing in it becomes a special token, whatever it spells.
+
+    tiktoken can crash on long texts: they are cut where Meta's tokenizer cuts them, every 400,000 characters
+    and after 25,000 characters in a row without a space, or of space alone.
+    """
+    ids = []
+    for start in range(0, len(text), 400_000):
+        part = text[start : start + 400_000]
+        cuts, end = [0], 0
+        for _, run in itertools.groupby(part, str.isspace):
+            begin, end = end, end + len(list(run))
+            cuts += range(begin + 25_000, end, 25_000)
+        for a, b in itertools.pairwise([*cuts, end]):
+            ids += tokenizer.encode_ordinary(part[a:b])
+    return ids
+
+
+def special(tokenizer, name):
+    return tokenizer.encode_single_token(f"<|{name}|>")
+
+
+def chat_message(tokenizer, role, text=None):
+    """A message of a conversation as token ids, open if the text is yet to come.
+
+    <|start_header_id|>role<|end_header_id|>, an empty line, the text, <|eot_id|>. Source: llama-models,
+    models/llama3/chat_format.py.
+    """
+    header = [special(tokenizer, "start_header_id"), *encode(tokenizer, role),
+              special(tokenizer, "end_header_id"), *encode(tokenizer, "\n\n")]
+    return header if text is None else [*header, *encode(tokenizer, text), special(tokenizer, "eot_id")]
+
+
+# ------------------------------------------------------------------------ the heart: the model
+
+
+def project(x, w):
+    """x (B T D) times a matrix: w (F D) gives B T F; w (H E D), one matrix per head, gives B H T E.
+
+    The heads' matrices stand one below the other in memory, so one matrix multiplication does all heads.
+    """
+    y = x @ w.flatten(0, -2).T
+    return y if w.dim() == 2 else y.unflatten(-1, w.shape[:2]).transpose(1, 2)
+
+
+def rms_norm(x, weight, eps):
+    """x (… D) divided by its root mean square, times weight (D). RMSNorm: Zhang and Sennrich 2019."""
+    h = x.float()
+    h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
+    return h.to(x.dtype) * weight  # Meta casts before the weight, not after: in bfloat16 the result differs
+
+
+def rope_turns(positions, params):
+    """How far is each pair turned at each position? (B T) to complex64 (B T E/2) of length 1.
+
+    Pair 0 turns by one radian a position, each next pair more slowly (RoFormer, Su et al. 2021). From 3.1 on,
+    a pair with less than one turn in Llama 3's 8,192 positions is slowed down by a factor, one with more than
+    four is left alone, with a blend between (llama-models, models/llama3/model.py). Always float32.
+    """
+    E, theta = params["head_dim"], params["rope_theta"]
+    freqs = 1.0 / theta ** (torch.arange(0, E, 2, device=positions.device).float() / E)  # radians a position
+    if params["use_scaled_rope"]:
+        low, high = params.get("rope_low_freq_factor", 1), params.get("rope_high_freq_factor", 4)
+        turns = params.get("rope_original_context", 8192) / (2 * math.pi / freqs)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        freqs = (1 - keep) * freqs / params["rope_scaling_factor"] + keep * freqs
+    angles = positions[..., None].float() * freqs
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rotate(x, turns):
+    """Turns each pair of neighbours in x (B H T E), taken as a complex number, by turns (B T E/2)."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns[:, None]).flatten(-2).to(x.dtype)
+
+
+def forward(tokens, weights, params, cache=None, positions=None, last_only=False,
+            probe=lambda name, dims, tensor: tensor):
+    """Llama 3: token ids (B T) to logits (B T V), or with last_only (B 1 V), float32.
+
+    weights: a dict in Meta's names and layout. params: from read_params. positions (B T, or 1 T for all
+    rows): where the tokens stand, else 0 … T-1. cache (n_layers 2 B K S E, from make_cache): keys and values
+    of earlier tokens; the new ones' are written into it. Without one, S = T. probe(name, dims, tensor) sees
+    each step's result, and what it returns flows on. Source: llama-models, models/llama3/model.py.
+    """
+    (B, T), E, eps = tokens.shape, params["head_dim"], params["norm_eps"]
+    H, K, G = params["n_heads"], params["n_kv_heads"], params["n_heads"] // params["n_kv_heads"]
+    if positions is None:
+        positions = torch.arange(T, device=tokens.device)[None]
+    slots = positions if cache is None else torch.arange(cache.shape[-2], device=tokens.device)[None]
+    future, S = slots[:, None, None] > positions[:, None, :, None], slots.shape[-1]  # B 1 T S: not to be seen
+    turns = rope_turns(positions, params)
+
+    tokens = probe("tokens", "B T", tokens)
+    x = probe("tok_embeddings", "B T D", weights["tok_embeddings.weight"][tokens])
+    for i in range(params["n_layers"]):
+        # Attention. What does each token ask, what does it offer, what does it give? Each head has its own.
+        h = rms_norm(x, weights[f"layers.{i}.attention_norm.weight"], eps)
+        h = probe(f"layers.{i}.attention_norm", "B T D", h)
+        q = project(h, weights[f"layers.{i}.attention.wq.weight"].view(H, E, -1))
+        q = probe(f"layers.{i}.attention.q", "B H T E", q)
+        k = project(h, weights[f"layers.{i}.attention.wk.weight"].view(K, E, -1))
+        k = probe(f"layers.{i}.attention.k", "B K T E", k)
+        v = project(h, weights[f"layers.{i}.attention.wv.weight"].view(K, E, -1))
+        v = probe(f"layers.{i}.attention.v", "B K T E", v)
+
+        # Where does it stand? With each turned by its position, q · k depends on their distance alone.
+        q = probe(f"layers.{i}.attention.q_rotated", "B H T E", rotate(q, turns))
+        k = probe(f"layers.{i}.attention.k_rotated", "B K T E", rotate(k, turns))
+        if cache is not None:  # then k and v are from here on those of all S positions: B K S E
+            at = positions[:, None, :, None].expand_as(k)
+            k, v = cache[i, 0].scatter_(2, at, k), cache[i, 1].scatter_(2, at, v)
+
+        # How well does each key answer each query? The G heads that share keys form one matrix: no copies.
+        scores = (q.reshape(B, K, G * T, E) @ k.mT / math.sqrt(E)).view(B, H, T, S)
+        scores = probe(f"layers.{i}.attention.scores", "B H T S", scores.masked_fill(future, -math.inf))
+        probs = probe(f"layers.{i}.attention.probs", "B H T S", scores.float().softmax(-1).to(x.dtype))
+        heads = (probs.reshape(B, K, G * T, S) @ v).view(B, H, T, E)
+        heads = probe(f"layers.{i}.attention.heads", "B H T E", heads)
+        out = project(heads.transpose(1, 2).flatten(2), weights[f"layers.{i}.attention.wo.weight"])
+        out = probe(f"layers.{i}.attention.out", "B T D", out)
+        x = probe(f"layers.{i}.after_attention", "B T D", x + out)
+
+        # Feed-forward. What does each token make of what it read? The gate says how much of each unit passes.
+        h = rms_norm(x, weights[f"layers.{i}.ffn_norm.weight"], eps)
+        h = probe(f"layers.{i}.ffn_norm", "B T D", h)
+        gate = silu(project(h, weights[f"layers.{i}.feed_forward.w1.weight"]))
+        gate = probe(f"layers.{i}.feed_forward.gate", "B T F", gate)
+        up = project(h, weights[f"layers.{i}.feed_forward.w3.weight"])
+        up = probe(f"layers.{i}.feed_forward.up", "B T F", up)
+        hidden = probe(f"layers.{i}.feed_forward.hidden", "B T F", gate * up)
+        out = project(hidden, weights[f"layers.{i}.feed_forward.w2.weight"])
+        out = probe(f"layers.{i}.feed_forward.out", "B T D", out)
+        x = probe(f"layers.{i}.out", "B T D", x + out)
+
+    # Which token comes next? To go on writing, only the last position needs to say.
+    x, asked = (x[:, -1:], "B 1") if last_only else (x, "B T")
+    h = probe("norm", f"{asked} D", rms_norm(x, weights["norm.weight"], eps))
+    logits = probe("logits", f"{asked} V", project(h, weights["output.weight"]).float())
+    return logits
+
+
+# ------------------------------------------------------------------------ sample and generate
+
+
+def make_cache(weights, params, B, S):
+    """Room for keys and values at S positions: zeros (n_layers 2 B K S E), in the weights' dtype."""
+    shape = (params["n_layers"], 2, B, params["n_kv_heads"], S, params["head_dim"])
+    return torch.zeros(shape, dtype=weights["norm.weight"].dtype, device=weights["norm.weight"].device)
+
+
+@torch.inference_mode()
+def prefill(tokens, weights, params, cache, start=0, watched=forward, most_scores=2**24):
+    """Reads tokens (B T) at positions start, start + 1, … into the cache: logits (B 1 V) of the last.
+
+    Long prompts go in chunks, so that no score matrix (B H T S) has more than most_scores numbers. The last
+    chunk runs through `watched`: forward, or forward with a probe or breakpoints.
+    """
+    B, T = tokens.shape
+    chunk = max(1, most_scores // (B * params["n_heads"] * (start + T)))
+    for a in range(0, T, chunk):
+        b = min(a + chunk, T)
+        positions = torch.arange(start + a, start + b, device=tokens.device)[None]
+        step = watched if b == T else forward
+        logits = step(tokens[:, a:b], weights, params, cache[..., : start + b, :], positions, last_only=True)
+    return logits
+
+
+def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
+    """Token ids (B) from logits (B V): the likeliest, or with a temperature drawn from softmax(logits / it).
+
+    top_k > 0 leaves only the k likeliest. top_p < 1 then leaves the fewest likeliest that together reach it
+    (nucleus sampling, Holtzman et al. 2020).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits, ids = logits.sort(descending=True, stable=True)
+    logits, ids = logits[:, : top_k or None], ids[:, : top_k or None]
+    probs = ((logits - logits[:, :1]) / temperature).softmax(-1)  # less the largest, lest a tiny one overflow
+    before = probs.cumsum(-1) - probs  # the probability of all that is likelier
+    probs = probs.masked_fill(before >= top_p, 0) if top_p < 1 else probs
+    return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+
+
+@torch.inference_mode()
+def generate(logits, weights, params, cache, position, choose=sample):
+    """Yields token ids (B), position after position, until the cache is full.
+
+    logits (B 1 V): from prefill. position: the first free one. choose: turns logits (B V) into ids (B).
+    """
+    for at in range(position, cache.shape[-2]):
+        tokens = choose(logits[:, -1])
+        yield tokens
+        positions = torch.tensor([[at]], device=tokens.device)
+        logits = forward(tokens[:, None], weights, params, cache[..., : at + 1, :], positions, last_only=True)
+
+
+# ------------------------------------------------------------------------ looking inside: the probes
+
+
+def check_dims(sizes, name, dims, tensor):
+    """Binds the letters of dims ("B H T E") to the tensor's sizes; ValueError if a letter means two sizes."""
+    letters, found = dims.split(), list(tensor.shape)
+    named = [int(a) if a.isdigit() else sizes.setdefault(a, size) for a, size in zip(letters, found)]
+    if named != found or len(letters) != len(found):
+        raise ValueError(f"{name} should be {dims} with {sizes}, but its shape is {found}")
+
+
+def show_shapes(which, params, tokenizer):
+    """A probe for one pass: prints names, dims and shapes on stderr, then the five likeliest next tokens.
+
+    which: "all" layers, or "first" for the first layer and one line for the rest.
+    """
+    sizes = {}
+
+    def probe(name, dims, tensor):
+        check_dims(sizes, name, dims, tensor)
+        if which == "all" or name.startswith("layers.0.") or not name.startswith("layers."):
+            shape, dtype = " ".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch.")
+            print(f"{name:<32} {dims:<8} {shape:<16} {dtype}", file=sys.stderr)
+        elif name == "layers.1.attention_norm":
+            print(f"layers.1 … layers.{params['n_layers'] - 1}: the same again in each", file=sys.stderr)
+        if name == "logits":
+            top = tensor[0, -1].softmax(-1).topk(min(5, tensor.shape[-1]))
+            print("next: " + "  ".join(f"{tokenizer.decode([t])!r} {p:.1%}" for p, t in zip(*map(list, top))),
+                  file=sys.stderr)
+        return tensor
+
+    return probe
+
+
+def record(trace):
+    """A probe that puts a copy of every tensor into the dict `trace`, by name."""
+    def probe(name, dims, tensor):
+        trace[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return tensor
+
+    return probe
+
+
+@torch.inference_mode()
+def save_trace(path, tokens, weights, params, about):
+    """Writes every tensor of one pass over tokens (B T), without a cache, to a .safetensors file.
+
+    about: strings for its metadata, beside params and dtype.
+    """
+    trace, dtype = {}, str(weights["norm.weight"].dtype).removeprefix("torch.")
+    forward(tokens, weights, params, probe=record(trace))
+    about = about | {"params": json.dumps(params), "dtype": dtype}
+    beside = Path(f"{path}.part")
+    try:
+        safetensors.torch.save_file(trace, beside, metadata=about)
+        beside.replace(path)
+    except (OSError, safetensors.SafetensorError) as problem:
+        beside.unlink(missing_ok=True)
+        raise ValueError(f"{path}: the trace cannot be written ({problem})") from None
+
+
+def forward_with_breakpoints(patterns, params):
+    """A copy of forward that calls breakpoint() as soon as a tensor exists whose name matches a glob pattern.
+
+    The call is put into the source, behind the probe and on its line, so that any debugger (PYTHONBREAKPOINT)
+    stops in forward's own frame, with all its locals. Raises ValueError for a pattern that no name matches.
+    """
+    probed, source = re.compile(r'^( +\w+ = probe\((f?"(.+?)").*)$', re.MULTILINE), inspect.getsource(forward)
+    names = [found[-1] for found in probed.findall(source)]
+    names = [name.replace("{i}", str(i)) for name in names for i in range(params["n_layers"])]
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"--break-at {pattern}: no tensor has such a name; --show all prints them")
+    source = probed.sub(r"\1; stop_at(\2) and breakpoint()", source)
+    lines_before = "\n" * (forward.__code__.co_firstlineno - 1)
+    namespace = globals() | {"stop_at": lambda name: any(fnmatch.fnmatch(name, p) for p in patterns)}
+    exec(compile(lines_before + source, __file__, "exec"), namespace)
+    return namespace["forward"]
+
+
+# ------------------------------------------------------------------------ the command line
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], allow_abbrev=False,
+        formatter_class=argparse.RawTextHelpFormatter,
+        epilog="examples:\n" + __doc__[__doc__.index("    python") : __doc__.index("\n\nDimension")])
+    add = parser.add_argument
+    add("prompt", nargs="?", help="text to go on from; without one it is asked for, or read from stdin")
+    add("--weights", metavar="DIR", default=Path(__file__).resolve().parent / "weights" / "tiny", type=Path,
+        help="folder with params.json, consolidated.*.pth and tokenizer.model (default: weights/tiny)")
+    add("--chat", action="store_true", help="put the prompt as a question, in Llama 3's chat format")
+    add("--system", metavar="TEXT", help="with --chat: what the assistant is told first")
+    add("--max-new-tokens", metavar="N", default=100, type=int, help="default 100; 0: only the prompt's pass")
+    add("--temperature", metavar="X", default=0.0, type=float, help="0, the default: the likeliest token")
+    add("--top-k", metavar="N", default=0, type=int, help="draw from the N likeliest tokens only")
+    add("--top-p", metavar="P", default=1.0, type=float, help="draw from the likeliest that together reach P")
+    add("--seed", metavar="N", type=int, help="same seed, same text (default: another one each time)")
+    add("--show", choices=("all", "first", "none"), default="first", help="shapes of which layers (first)")
+    add("--save-trace", metavar="FILE", help="write every tensor of the prompt's pass, as .safetensors")
+    add("--break-at", metavar="NAME", action="append", default=[],
+        help='stop in the debugger once this tensor exists; "layers.3.*scores" works, and several times')
+    add("--layers", metavar="N", type=int, help="run the first N layers only")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="compute in this (default: the weights')")
+    add("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
+
+    def wrong(message):
+        raise ValueError(f"{message} (--help shows what there is)")
+
+    parser.error = wrong
+    args = parser.parse_args(argv)
+    for flag, low, high in (("max_new_tokens", 0, math.inf), ("temperature", 0, 1000), ("top_k", 0, math.inf),
+                            ("top_p", 1e-6, 1), ("seed", 0, 2**63 - 1), ("layers", 1, math.inf)):
+        if getattr(args, flag) is not None and not low <= getattr(args, flag) <= high:
+            wrong(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be from {low} to {high}")
+    if args.system is not None and not args.chat:
+        wrong("--system needs --chat")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    args.device = args.device or next(device for device in there if there[device])
+    if not there[args.device]:
+        wrong(f"--device {args.device}: PyTorch {torch.__version__} finds none here; cpu always works")
+    return args
+
+
+def load_model(args):
+    """Weights, params and tokenizer, with one line on stderr that says what was found."""
+    started, folder = time.perf_counter(), args.weights.expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; --weights takes the one that holds params.json")
+    params, tokenizer = read_params(folder), load_tokenizer(folder / "tokenizer.model")
+    if tokenizer.n_vocab != params["vocab_size"]:
+        raise ValueError(f"{folder / 'tokenizer.model'}: {tokenizer.n_vocab} tokens, 256 of them special, "
+                         f"where params.json has vocab_size {params['vocab_size']}")
+    if args.layers and args.layers > params["n_layers"]:
+        raise ValueError(f"--layers {args.layers}: {folder} has {params['n_layers']}")
+    shards, of, dtype = open_shards(folder), params["n_layers"], args.dtype and getattr(torch, args.dtype)
+    weights = load_weights(shards, params, args.device, dtype, args.layers)
+    params["n_layers"] = args.layers or of
+    tied = weights["output.weight"] is weights["tok_embeddings.weight"]
+    total = sum(w.numel() for name, w in weights.items() if not (tied and name == "output.weight"))
+    dtype, scaling = weights["norm.weight"].dtype, params["use_scaled_rope"] and params["rope_scaling_factor"]
+    print(f"{folder}: Meta layout, {len(shards)} shard{'s' * (len(shards) > 1)}, {params['n_layers']} of "
+          f"{of} layers, {total / 1e6:,.1f} M parameters, {str(dtype).removeprefix('torch.')}, head "
+          f"{'' if tied else 'not '}tied, RoPE scaling {scaling or 'off'}, "
+          f"{total * dtype.itemsize / 1e9:.3g} GB on {args.device}, {time.perf_counter() - started:.1f} s", file=sys.stderr)
+    return weights, params, tokenizer
+
+
+def prompts(args):
+    """The prompt given; or else one after another from a terminal, or all of standard input."""
+    if args.prompt is not None:
+        yield args.prompt
+    elif not sys.stdin.isatty():
+        yield sys.stdin.buffer.read().decode("utf-8", "surrogateescape").removesuffix("\n")
+    else:
+        print("type a prompt, then Enter; Ctrl-D ends\n> ", end="", file=sys.stderr, flush=True)
+        for line in sys.stdin:
+            if line.strip():
+                yield line.removesuffix("\n")
+            print("> ", end="", file=sys.stderr, flush=True)
+        print(file=sys.stderr)
+
+
+def prompt_ids(prompt, said, tokenizer, args):
+    """Token ids of a prompt, behind those said in the conversation: one begin_of_text, at the very start."""
+    for text in (prompt, args.system or " "):
+        if not text:
+            raise ValueError("the prompt is empty")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # so Python keeps bytes that are no UTF-8
+            raise ValueError("the prompt is not valid UTF-8")
+    ids = said or [special(tokenizer, "begin_of_text")]
+    if not args.chat:
+        return ids + encode(tokenizer, prompt)
+    if args.system is not None and not said:
+        ids = ids + chat_message(tokenizer, "system", args.system)
+    if said and said[-1] != special(tokenizer, "eot_id"):
+        ids = ids + [special(tokenizer, "eot_id")]  # the last answer was cut short
+    return ids + chat_message(tokenizer, "user", prompt) + chat_message(tokenizer, "assistant")
+
+
+def peak_memory(device):
+    """In bytes: what tensors took on a GPU, or else this whole process, pages of mapped weights included."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":  # whose Python has no such module
+        return math.nan
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def answer(ids, cached, cache, model, args, choose, watched, show):
+    """Goes on from ids, of which the cache holds the first `cached`: text to stdout, all else to stderr.
+
+    Returns the new ids. All but the last of them are then in the cache.
+    """
+    weights, params, tokenizer = model
+    if show != "none":
+        pieces = [f"{token} {tokenizer.decode([token])!r}" for token in ids[cached:][:64]]
+        print(f"prompt of {len(ids)} tokens:", *pieces, "…" * (len(ids) > 64), sep="  ", file=sys.stderr)
+        watched = functools.partial(watched, probe=show_shapes(show, params, tokenizer))
+    tokens = torch.tensor([ids[cached:]], device=cache.device)
+    started = first = time.perf_counter()
+    logits = prefill(tokens, weights, params, cache, cached, watched)
+    read = time.perf_counter()
+
+    if not args.chat and sys.stdout.isatty() and sys.stderr.isatty():
+        print(tokenizer.decode(ids[1:]), end="", file=sys.stderr, flush=True)  # so that the text reads as one
+    stops = [special(tokenizer, name) for name in ("end_of_text", "eot_id", "eom_id")]
+    new, decoder = [], codecs.getincrementaldecoder("utf-8")("replace")  # keeps a character back until whole
+    tokens = generate(logits, weights, params, cache, len(ids), choose)
+    for token in itertools.islice(tokens, args.max_new_tokens):
+        new.append(int(token))
+        if len(new) == 1:
+            first = time.perf_counter()
+        if new[-1] in stops:
+            break
+        print(decoder.decode(tokenizer.decode_single_token_bytes(new[-1])), end="", flush=True)
+    print(decoder.decode(b"", final=True), end="\n" * bool(new), flush=True)
+
+    took, T = time.perf_counter() - first, len(ids) - cached
+    if new and new[-1] not in stops:
+        full = len(ids) + len(new) == params["max_seq_len"]
+        print(f"[the context of {params['max_seq_len']:,} tokens is full]" if full else
+              f"[cut at --max-new-tokens {args.max_new_tokens}]", file=sys.stderr)
+    print(f"prefill {T} tokens, {T / (read - started):.1f} tok/s; first token after {first - started:.3f} s; "
+          f"decode {len(new)} tokens, {max(0, len(new) - 1) / took:.1f} tok/s; "
+          f"peak memory {peak_memory(args.device) / 1e9:.2f} GB", file=sys.stderr)
+    return new
+
+
+def run(args):
+    model = weights, params, tokenizer = load_model(args)
+    watched = forward_with_breakpoints(args.break_at, params) if args.break_at else forward
+    generator = torch.Generator(args.device)
+    generator.seed() if args.seed is None else generator.manual_seed(args.seed)
+    choose = functools.partial(sample, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
+                               generator=generator)
+    said, cache, show = [], make_cache(weights, params, 1, 0), args.show
+    for prompt in prompts(args):
+        cached = max(0, len(said) - 1)  # a conversation goes on in its cache, which lacks only the last token
+        ids = prompt_ids(prompt, said, tokenizer, args)
+        if len(ids) > params["max_seq_len"]:
+            raise ValueError(f"the prompt has {len(ids)} tokens, the context only {params['max_seq_len']}")
+        if args.save_trace:
+            save_trace(args.save_trace, torch.tensor([ids], device=args.device), weights, params,
+                       {"prompt": prompt, "weights": str(args.weights)})
+        room = min(len(ids) + args.max_new_tokens, params["max_seq_len"]) - cache.shape[-2]
+        cache = torch.cat([cache, make_cache(weights, params, 1, max(0, room))], dim=-2)
+        new = answer(ids, cached, cache, model, args, choose, watched, show)
+        said, show = ids + new if args.chat else [], "none"  # once is enough
+
+
+def main(argv=None):
+    """Runs the command line and returns the exit code: 2 and a line on stderr for what the user did wrong."""
+    try:
+        run(parse_arguments(argv))
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read the text has gone: there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except bdb.BdbQuit:
+        return 0
+    except (ValueError, OSError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

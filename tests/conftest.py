@@ -1,0 +1,115 @@
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools"), str(ROOT / "weights")]
+
+from random_checkpoint import random_checkpoint, random_weights  # noqa: E402
+
+import llama3_from_scratch as llama  # noqa: E402
+
+SMALL = {
+    "dim": 64,
+    "n_layers": 3,
+    "n_heads": 8,
+    "n_kv_heads": 2,
+    "vocab_size": 512,
+    "ffn_dim_multiplier": 1.3,
+    "multiple_of": 32,
+    "norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "use_scaled_rope": True,
+}
+
+
+def full_params(folder, **changes):
+    """params.json with these changes to SMALL, as read_params gives it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "params.json").write_text(json.dumps(SMALL | changes))
+    return llama.read_params(folder)
+
+
+@pytest.fixture
+def model(tmp_path):
+    """model(dtype, seed, **changes to SMALL) -> params, random weights in dtype."""
+
+    def make(dtype=torch.float32, seed=0, tied=False, **changes):
+        params = full_params(tmp_path / "params", **changes)
+        return params, random_weights(params, seed, tied, dtype)
+
+    return make
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """checkpoint(**changes to SMALL, shards=…, tied=…, …) -> a folder with a random checkpoint in Meta's layout."""
+
+    def make(
+        name="checkpoint", shards=1, seed=0, tied=False, dtype=torch.bfloat16, tokenizer=None, **changes
+    ):
+        return random_checkpoint(tmp_path / name, SMALL | changes, shards, seed, tied, dtype, tokenizer)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def real_tokenizer_path():
+    """The 128,000-rank tokenizer.model that comes with the package llama-models."""
+    import llama_models.llama3
+
+    return Path(llama_models.llama3.__file__).parent / "tokenizer.model"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """script(*arguments, input=…, env=…) -> CompletedProcess of the command line, run in this process."""
+
+    def run(*arguments, input="", env=()):
+        streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", newline="\n", write_through=True) for _ in range(3)]
+        streams[0].buffer.write(input if isinstance(input, bytes) else input.encode())
+        streams[0].seek(0)
+        with monkeypatch.context() as patch:
+            for name, stream in zip(("stdin", "stdout", "stderr"), streams):
+                patch.setattr(sys, name, stream)
+            for name, value in dict(env).items():
+                patch.setenv(name, value)
+            try:
+                code = llama.main([*map(str, arguments)])
+            except SystemExit as stop:  # --help
+                code = stop.code
+        out, err = (stream.buffer.getvalue().decode() for stream in streams[1:])
+        return subprocess.CompletedProcess(arguments, code, out, err)
+
+    return run
+
+
+def traced(tokens, weights, params, **options):
+    """All traced tensors of one pass, by name, their dims checked on the way."""
+    trace, sizes = {}, {}
+
+    def probe(name, dims, tensor):
+        llama.check_dims(sizes, name, dims, tensor)
+        return llama.record(trace)(name, dims, tensor)
+
+    llama.forward(tokens, weights, params, probe=probe, **options)
+    return trace
+
+
+def relative_error(ours, theirs):
+    """‖ours − theirs‖ / ‖theirs‖ in float64; what is -inf must be so in both."""
+    ours, theirs = ours.double(), theirs.double()
+    assert ours.shape == theirs.shape, f"{tuple(ours.shape)} against {tuple(theirs.shape)}"
+    masked = theirs == -torch.inf
+    assert torch.equal(ours == -torch.inf, masked)
+    ours, theirs = ours.masked_fill(masked, 0), theirs.masked_fill(masked, 0)
+    return ((ours - theirs).norm() / theirs.norm()).item()
+
+
+def some_tokens(params, B=2, T=11, seed=5):
+    return torch.randint(0, params["vocab_size"], (B, T), generator=torch.Generator().manual_seed(seed))

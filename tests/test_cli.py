@@ -1,0 +1,449 @@
+"""The command line, run as a user runs it: streams, flags, modes, interruptions and mistakes."""
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, full_params, relative_error, some_tokens
+from random_checkpoint import random_weights
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import llama3_from_scratch as llama
+
+SCRIPT = str(ROOT / "llama3_from_scratch.py")
+
+
+def fresh(*arguments, **options):
+    """The command line in a process of its own."""
+    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, **options)
+
+
+def test_the_first_command_anyone_runs():
+    result = fresh("Once upon a time")
+    assert result.returncode == 0
+    assert len(result.stdout.split()) > 40 and result.stdout.endswith("\n")
+    lines = result.stderr.splitlines()
+    assert re.fullmatch(
+        r".*weights/tiny: Meta layout, 1 shard, 4 of 4 layers, 3.5 M parameters, bfloat16, head not tied, "
+        r"RoPE scaling 8, 0.00695 GB on cpu, \d+\.\d s",
+        lines[0],
+    )
+    assert lines[1].startswith("prompt of 5 tokens:  1024 '<|begin_of_text|>'") and "' upon'" in lines[1]
+    assert "layers.0.attention.q             B H T E  1 8 5 32         bfloat16" in lines
+    assert "layers.1 … layers.3: the same again in each" in lines and not any(
+        "layers.2." in line for line in lines
+    )
+    assert "logits                           B 1 V    1 1 1280         float32" in lines
+    assert any(line.startswith("next: ") and line.count("%") == 5 for line in lines)
+    assert re.fullmatch(
+        r"prefill 5 tokens, [\d.]+ tok/s; first token after [\d.]+ s; decode \d+ tokens, [\d.]+ tok/s; "
+        r"peak memory [\d.]+ GB",
+        lines[-1],
+    )
+
+
+def test_show(script):
+    shown = {
+        which: script("Hi", "--show", which, "--max-new-tokens", 1).stderr
+        for which in ("all", "first", "none")
+    }
+    names = {which: re.findall(r"^(\S+) +B [\w ]+ \d", text, re.M) for which, text in shown.items()}
+    assert len(names["all"]) == 4 + 4 * 17 and len(names["first"]) == 4 + 17 and not names["none"]
+    assert len(shown["none"].splitlines()) == 3  # the report, the cut, the speed
+
+
+def test_max_new_tokens(script):
+    none, three = (
+        script("Once upon a time", "--max-new-tokens", 0),
+        script("Once upon a time", "--max-new-tokens", 3),
+    )
+    assert none.stdout == "" and "decode 0 tokens" in none.stderr and "logits" in none.stderr
+    assert "decode 3 tokens" in three.stderr and "[cut at --max-new-tokens 3]" in three.stderr
+
+
+def test_seed_and_sampling_flags(script):
+    def text(*flags):
+        return script("Once upon a time", "--max-new-tokens", 30, "--show", "none", *flags).stdout
+
+    hot = ("--temperature", 1.5)
+    assert text(*hot, "--seed", 1) == text(*hot, "--seed", 1) != text(*hot, "--seed", 2)
+    assert text() == text("--temperature", 0) == text(*hot, "--top-k", 1) == text(*hot, "--top-p", 1e-6)
+    assert text(*hot, "--seed", 1, "--top-k", 3) != text(*hot, "--seed", 1)
+
+
+def test_sampling_draws_from_what_it_says():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 3.0]]).log_softmax(-1)
+
+    def drawn(**options):
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.cat([llama.sample(logits, generator=generator, **options) for _ in range(3000)])
+        return ids.bincount(minlength=5) / 3000
+
+    def near(*expected):
+        return pytest.approx(expected, abs=0.03)
+
+    p = logits.exp()[0].tolist()
+    assert llama.sample(logits).item() == 4
+    assert drawn(temperature=1.0).tolist() == near(*p)
+    assert drawn(temperature=0.5).tolist() == near(*(logits[0] * 2).softmax(-1).tolist())
+    assert drawn(temperature=1e-30).tolist() == near(0, 0, 0, 0, 1)
+    assert drawn(temperature=1.0, top_k=2).tolist() == near(
+        p[0] / (p[0] + p[4]), 0, 0, 0, p[4] / (p[0] + p[4])
+    )
+    assert drawn(temperature=1.0, top_k=99).tolist() == near(*p)
+    assert drawn(temperature=1.0, top_p=p[4] - 0.01).tolist() == near(0, 0, 0, 0, 1)
+    assert drawn(temperature=1.0, top_p=p[4] + 0.01).tolist() == near(
+        p[0] / (p[0] + p[4]), 0, 0, 0, p[4] / (p[0] + p[4])
+    )
+    rows = llama.sample(logits.repeat(4, 1), temperature=1.0, generator=torch.Generator().manual_seed(0))
+    assert rows.shape == (4,)
+
+
+def test_layers_and_dtype(script):
+    two = script("Hi", "--layers", 2, "--max-new-tokens", 1)
+    assert "2 of 4 layers" in two.stderr and "layers.1 … layers.1: the same" in two.stderr
+    for dtype in ("float32", "float16", "bfloat16"):
+        result = script("Hi", "--dtype", dtype, "--max-new-tokens", 1)
+        assert result.returncode == 0 and f"parameters, {dtype}," in result.stderr
+        assert f"layers.0.out                     B T D    1 3 256          {dtype}" in result.stderr
+
+
+def test_save_trace_holds_every_tensor(script, tmp_path):
+    file = tmp_path / "t.safetensors"
+    result = script("The answer", "--save-trace", file, "--max-new-tokens", 1, "--dtype", "float32")
+    assert result.returncode == 0 and os.listdir(tmp_path) == ["t.safetensors"]
+    trace = load_file(file)
+    params = llama.read_params(ROOT / "weights/tiny")
+    assert len(trace) == 4 + 17 * params["n_layers"]
+    T = trace["tokens"].shape[1]
+    assert trace["logits"].shape == (1, T, 1280) and trace["layers.3.attention.scores"].shape == (1, 8, T, T)
+    with safe_open(file, "pt") as opened:
+        about = opened.metadata()
+    assert (
+        about["prompt"] == "The answer"
+        and about["dtype"] == "float32"
+        and about["weights"].endswith("weights/tiny")
+    )
+    assert '"dim": 256' in about["params"]
+    weights = llama.load_weights(llama.open_shards(ROOT / "weights/tiny"), params, dtype=torch.float32)
+    assert relative_error(llama.forward(trace["tokens"], weights, params), trace["logits"]) < 1e-6
+
+
+def test_standard_input(script):
+    said = script("Once upon a time", "--show", "none").stdout
+    assert script("--show", "none", input="Once upon a time\n").stdout == said
+    assert script("--show", "none", input="Once upon a time").stdout == said
+    asked = script("--chat", "--show", "none", "What do llamas eat?").stdout
+    assert script("--chat", "--show", "none", input="What do llamas eat?\n").stdout == asked
+
+
+def test_emoji_and_chinese(script):
+    for text in ("Hello 🦙👩‍👩‍👧‍👦", "你好"):
+        result = script(text, "--max-new-tokens", 5)
+        assert result.returncode == 0 and "prompt of" in result.stderr
+
+
+def test_a_character_is_held_back_until_it_is_whole(capsys, monkeypatch):
+    """A model that says a llama, then China, byte by byte: each arrives whole, and only then."""
+    tokenizer = llama.load_tokenizer(ROOT / "weights/tiny/tokenizer.model")
+    said = [tokenizer.encode_single_token(bytes([b])) for b in "a🦙中é!".encode()]
+    monkeypatch.setattr(llama, "prefill", lambda *_: None)
+    monkeypatch.setattr(llama, "generate", lambda *_: iter(said[:-1]))
+    pieces = []
+    monkeypatch.setattr("builtins.print", lambda *text, file=None, **_: file or pieces.append(text[0]))
+    args = llama.parse_arguments(["x"])
+    llama.answer([1], 0, torch.zeros(1), (None, {"max_seq_len": 99}, tokenizer), args, None, None, "none")
+    assert [piece for piece in pieces if piece] == ["a", "🦙", "中", "é"]
+
+
+def test_stops_on_every_stop_token(monkeypatch):
+    tokenizer = llama.load_tokenizer(ROOT / "weights/tiny/tokenizer.model")
+    monkeypatch.setattr(llama, "prefill", lambda *_: None)
+    for name in ("end_of_text", "eot_id", "eom_id"):
+        said = [65, llama.special(tokenizer, name), 66]
+        monkeypatch.setattr(llama, "generate", lambda *_, said=said: iter(said))
+        new = llama.answer(
+            [1],
+            0,
+            torch.zeros(1),
+            (None, {"max_seq_len": 99}, tokenizer),
+            llama.parse_arguments(["x"]),
+            None,
+            None,
+            "none",
+        )
+        assert new == said[:2]
+
+
+def test_says_so_when_the_context_is_full(script, checkpoint):
+    folder = checkpoint(max_seq_len=20)
+    result = script("abc", "--weights", folder, "--show", "none")
+    assert "[the context of 20 tokens is full]" in result.stderr and "decode 16 tokens" in result.stderr
+    result = script("a" * 20, "--weights", folder)
+    assert (result.returncode, result.stderr.splitlines()[-1]) == (
+        2,
+        "error: the prompt has 21 tokens, the context only 20",
+    )
+
+
+def test_many_tokens_greedy_equal_the_pass_without_a_cache(model):
+    params, weights = model()
+    tokens = some_tokens(params, B=2, T=7)
+    cache = llama.make_cache(weights, params, 2, 60)
+    logits = llama.prefill(tokens, weights, params, cache)
+    new = torch.stack(list(llama.generate(logits, weights, params, cache, 7)), 1)
+    assert new.shape == (2, 53)
+    whole = llama.forward(torch.cat([tokens, new], 1), weights, params)
+    assert torch.equal(whole[:, 6:-1].argmax(-1), new)
+
+
+def test_a_long_prompt_does_not_need_much_memory(tmp_path):
+    """Peak memory of 4,096 tokens: in one go the scores alone would take 8 heads x 4096 x 4096 x (2 + 4 + 4) bytes."""
+    code = (
+        "import sys, resource, torch; sys.path[:0] = [{root!r}, {root!r} + '/tests']; from conftest import *;"
+        "params = full_params(Path({tmp!r}), n_layers=1); weights = random_weights(params);"
+        "tokens = some_tokens(params, B=1, T=4096); cache = llama.make_cache(weights, params, 1, 4096);"
+        "llama.prefill(tokens[:, :64], weights, params, cache);"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "llama.prefill(tokens, weights, params, cache{more});"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3)"
+    )
+
+    def peak(more=""):
+        run = subprocess.run(
+            [sys.executable, "-c", code.format(root=str(ROOT), tmp=str(tmp_path), more=more)],
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr
+        return float(run.stdout)
+
+    assert peak() < 300 < 1000 < peak(", most_scores=2**40")  # MB
+
+
+class Terminal:
+    """A pseudo-terminal with the script on it."""
+
+    def __init__(self, *arguments):
+        self.process, self.fd = pty.fork()
+        if self.process == 0:
+            os.chdir(ROOT)
+            os.execv(sys.executable, [sys.executable, SCRIPT, *arguments])
+        self.seen = ""
+
+    def until(self, text, seconds=60):
+        deadline = time.time() + seconds
+        while not re.search(text, self.seen):
+            if not select.select([self.fd], [], [], max(0, deadline - time.time()))[0]:
+                raise AssertionError(f"no {text!r} in {self.seen!r}")
+            try:
+                self.seen += os.read(self.fd, 4096).decode(errors="replace").replace("\r\n", "\n")
+            except OSError:
+                break
+        seen, self.seen = self.seen, ""
+        return seen
+
+    def type(self, text):
+        os.write(self.fd, text.encode())
+
+    def ended(self):
+        self.until(r"\Z(?!)", 30)
+        return os.waitstatus_to_exitcode(os.waitpid(self.process, 0)[1])
+
+
+def test_a_conversation_on_a_terminal_reuses_its_cache():
+    terminal = Terminal("--chat", "--show", "none")
+    terminal.until(r"> $")
+    terminal.type("My name is Ada.\n")
+    first = terminal.until(r"peak memory.*\n> $")
+    assert "Ada" in first.split("\n", 1)[1]
+    terminal.type("\n")  # nothing typed: asked again
+    terminal.until(r"> $")
+    terminal.type("What is my name?\n")
+    second = terminal.until(r"peak memory.*\n> $")
+    assert "Ada" in second
+    read = [int(re.search(r"prefill (\d+) tokens", text)[1]) for text in (first, second)]
+    assert read[1] < read[0] + 5  # the second turn read its own question, not the conversation again
+    terminal.type("\x04")
+    assert terminal.ended() == 0
+
+
+def test_without_a_prompt_a_terminal_is_asked_again_and_again():
+    terminal = Terminal("--max-new-tokens", "5")
+    terminal.until(r"> $")
+    for _ in range(2):
+        terminal.type("Once upon a time\n")
+        assert re.search(r"\nOnce upon a time, .*\n", terminal.until(r"peak memory.*\n> $"))
+    terminal.type("\x04")
+    assert terminal.ended() == 0
+
+
+def test_ctrl_c_keeps_what_was_written(checkpoint):
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            SCRIPT,
+            "Hi",
+            "--weights",
+            checkpoint(max_seq_len=100_000),
+            "--show",
+            "none",
+            "--max-new-tokens",
+            "90000",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout.read(10)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"Traceback" not in err
+
+
+def test_a_closed_pipe_ends_quietly(checkpoint):
+    folder = checkpoint(max_seq_len=100_000)
+    command = (
+        f"{sys.executable} {SCRIPT} Hi --weights {folder} --show none --max-new-tokens 90000 | head -c 5"
+    )
+    result = subprocess.run(["bash", "-c", command], capture_output=True, timeout=100)
+    assert len(result.stdout) == 5 and b"Traceback" not in result.stderr and b"rror" not in result.stderr
+
+
+def test_break_at_stops_in_forwards_own_frame():
+    commands = (
+        "p scores.shape, sorted(name for name in ('q', 'k', 'v', 'heads') if name in locals())\np i\nc\n"
+    )
+    result = fresh("Hello", "--break-at", "layers.0.attention.scores", "--show", "none", input=commands)
+    assert result.returncode == 0
+    assert re.search(r"llama3_from_scratch.py\(\d+\)forward\(\)\n-> probs = ", result.stdout)
+    assert "(torch.Size([1, 8, 5, 5]), ['k', 'q', 'v'])" in result.stdout
+    assert result.stdout.count("(Pdb)") == 3  # once for each command: no second stop
+
+
+def test_break_at_patterns_and_pythonbreakpoint(script, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import sys\ndef stop():\n    f = sys._getframe(1)\n    print(f.f_code.co_name, f.f_lineno, f.f_locals.get('i'))\n"
+    )
+    flags = (
+        "--break-at",
+        "layers.*.attention.probs",
+        "--break-at",
+        "logits",
+        "--show",
+        "none",
+        "--max-new-tokens",
+        0,
+    )
+    sys.path.insert(0, str(tmp_path))
+    result = script("Hello", *flags, env={"PYTHONBREAKPOINT": "mine.stop"})
+    lines = (ROOT / "llama3_from_scratch.py").read_text().splitlines()
+    stops = [line.split() for line in result.stdout.splitlines()]
+    assert [(name, i) for name, _, i in stops] == [("forward", str(i)) for i in (0, 1, 2, 3, 3)]
+    assert all("probe(" in lines[int(line) - 1] for _, line, _ in stops)  # the file's own lines
+    assert script("Hello", *flags, env={"PYTHONBREAKPOINT": "0"}).stdout == ""
+    assert fresh("Hello", *flags, input="q\n").returncode == 0
+
+
+def test_chunked_prompt_shows_its_last_chunk(model, capsys):
+    params, weights = model()
+    tokenizer = llama.load_tokenizer(ROOT / "weights/tiny/tokenizer.model")
+    import functools
+
+    watched = functools.partial(llama.forward, probe=llama.show_shapes("first", params, tokenizer))
+    cache = llama.make_cache(weights, params, 1, 11)
+    llama.prefill(some_tokens(params, B=1), weights, params, cache, watched=watched, most_scores=8 * 11 * 4)
+    shown = capsys.readouterr().err
+    assert (
+        "layers.0.attention.scores        B H T S  1 8 3 11         float32" in shown
+        and shown.count("tok_embeddings") == 1
+    )
+
+
+MISTAKES = {
+    "unknown flag": (["x", "--colour"], "--colour"),
+    "half a flag": (["x", "--max", "3"], "--max"),
+    "no number": (["x", "--top-k", "many"], "--top-k"),
+    "negative": (["x", "--max-new-tokens", "-1"], "must be from 0"),
+    "temperature": (["x", "--temperature", "nan"], "--temperature nan"),
+    "top-p": (["x", "--top-p", "1.5"], "--top-p 1.5"),
+    "top-p 0": (["x", "--top-p", "0"], "--top-p 0.0"),
+    "seed": (["x", "--seed", "-1"], "--seed -1"),
+    "layers": (["x", "--layers", "5"], "--layers 5"),
+    "no layers": (["x", "--layers", "0"], "--layers 0"),
+    "system": (["x", "--system", "y"], "--system needs --chat"),
+    "dtype": (["x", "--dtype", "int8"], "--dtype"),
+    "device": (["x", "--device", "cuda"], "--device cuda"),
+    "folder": (["x", "--weights", "nowhere"], "nowhere: no such folder"),
+    "empty": ([""], "the prompt is empty"),
+    "break-at": (["x", "--break-at", "layers.9.out"], "layers.9.out"),
+    "trace": (["x", "--save-trace", "/nowhere/t.safetensors"], "/nowhere/t.safetensors"),
+    "two": (["x", "y"], "y"),
+}
+
+
+@pytest.mark.parametrize("arguments, says", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line(script, arguments, says):
+    if arguments[1:2] == ["--device"] and torch.cuda.is_available():
+        arguments = ["x", "--device", "mps"]
+        says = "--device mps"
+    result = script(*arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and says in errors[0] and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1] == errors[0]
+
+
+def test_bytes_that_are_no_utf8(script):
+    result = script("--show", "none", input=b"\xff\xfe hello")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.splitlines()[-1] == "error: the prompt is not valid UTF-8"
+    run = subprocess.run([sys.executable.encode(), SCRIPT.encode(), b"\xff"], capture_output=True, cwd=ROOT)
+    assert run.returncode == 2 and b"error: the prompt is not valid UTF-8" in run.stderr
+    assert script(input="").returncode == 2
+
+
+def test_a_full_disk_leaves_no_half_trace(tmp_path, monkeypatch, model):
+    params, weights = model()
+    target = tmp_path / "t.safetensors"
+
+    def fail(trace, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(llama.safetensors.torch, "save_file", fail)
+    with pytest.raises(ValueError, match="No space left"):
+        llama.save_trace(target, some_tokens(params), weights, params, {})
+    assert not list(tmp_path.glob("t.*"))
+
+
+def test_help_has_an_example_for_each_job(script):
+    help = script("--help")
+    assert help.returncode == 0
+    for word in ("Once upon a time", "--chat", "--weights", "--break-at", "--save-trace"):
+        assert re.search(rf"    python llama3_from_scratch.py .*{word}", help.stdout)
+
+
+def test_tokenizer_of_another_size(script, checkpoint):
+    folder = checkpoint()
+    (folder / "tokenizer.model").write_bytes((ROOT / "weights/tiny/tokenizer.model").read_bytes())
+    result = script("x", "--weights", folder)
+    assert (
+        result.returncode == 2
+        and "1280 tokens, 256 of them special, where params.json has vocab_size 512" in result.stderr
+    )
+
+
+def test_sharded_checkpoint_says_the_same(script, checkpoint):
+    one, four = checkpoint("one", n_kv_heads=4), checkpoint("four", shards=4, n_kv_heads=4)
+    texts = [script("Hello", "--weights", folder, "--show", "none") for folder in (one, four)]
+    assert texts[0].stdout == texts[1].stdout != "" and "4 shards" in texts[1].stderr
+    assert SMALL["n_kv_heads"] == 2 and random_weights(full_params(one / "p"), 0)

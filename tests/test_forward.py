@@ -1,0 +1,210 @@
+"""forward against three references, tensor by tensor; and against itself in other arrangements."""
+
+import math
+
+import pytest
+import torch
+from conftest import relative_error, some_tokens, traced
+from references import float64_loop, hugging_face, metas_reference
+
+import llama3_from_scratch as llama
+
+SHAPES = {  # changes to SMALL
+    "grouped": {},
+    "one key head for all": {"n_kv_heads": 1},
+    "a key head each": {"n_kv_heads": 8},
+    "one head": {"n_heads": 1, "n_kv_heads": 1, "dim": 16},
+    "odd sizes": {
+        "dim": 66,
+        "n_heads": 3,
+        "n_kv_heads": 1,
+        "vocab_size": 519,
+        "multiple_of": 7,
+        "n_layers": 2,
+    },
+    "no scaling": {"use_scaled_rope": False, "rope_theta": 10000.0},
+    "one layer": {"n_layers": 1, "norm_eps": 1e-3},
+}
+
+
+@pytest.fixture(params=SHAPES.values(), ids=SHAPES)
+def shape(request):
+    return request.param
+
+
+@pytest.mark.parametrize("reference", [float64_loop, metas_reference, hugging_face])
+def test_every_tensor_equals_the_reference(model, shape, reference):
+    params, weights = model(**shape)
+    tokens = some_tokens(params)
+    ours, theirs = traced(tokens, weights, params), reference(tokens, weights, params)
+    assert ours.keys() == theirs.keys()
+    bar = 1e-6 if reference is float64_loop else 2e-6  # two float32 results may stray to opposite sides
+    for name in ours:
+        assert relative_error(ours[name], theirs[name]) < bar, name
+
+
+def test_bfloat16_is_as_exact_as_metas(model):
+    ours, metas = [], []
+    for seed, shape in enumerate([*SHAPES.values()] * 3):
+        params, weights = model(torch.bfloat16, seed, **shape)
+        tokens = some_tokens(params, B=4, T=24, seed=seed)
+        exact = float64_loop(tokens, weights, params)["logits"]
+        ours.append(relative_error(llama.forward(tokens, weights, params), exact))
+        metas.append(relative_error(metas_reference(tokens, weights, params)["logits"], exact))
+    assert 1e-4 < math.prod(metas) ** (1 / len(metas)) < 5e-2  # bfloat16 was really at work
+    assert math.prod(ours) <= 1.05 ** len(ours) * math.prod(metas), (ours, metas)
+
+
+def test_bfloat16_tensors_equal_metas(model):
+    params, weights = model(torch.bfloat16)
+    tokens = some_tokens(params)
+    ours, theirs = traced(tokens, weights, params), metas_reference(tokens, weights, params)
+    for name in ours:
+        assert ours[name].dtype == theirs[name].dtype, name
+        assert relative_error(ours[name], theirs[name]) < 1e-2, name
+    for name in ("layers.0.attention_norm", "layers.0.attention.q_rotated", "layers.0.attention.k_rotated"):
+        assert torch.equal(ours[name], theirs[name]), name  # where the casts stand decides the last bit
+
+
+def test_rope_turns_are_metas_to_the_last_bit(model):
+    from llama_models.llama3.model import precompute_freqs_cis
+
+    for scaled in (True, False):
+        params, _ = model(use_scaled_rope=scaled, dim=256, n_heads=2)
+        theirs = precompute_freqs_cis(128, 20_000, 500000.0, scaled)
+        assert torch.equal(llama.rope_turns(torch.arange(20_000)[None], params)[0], theirs)
+
+
+@pytest.mark.parametrize("factor", [8, 32])
+def test_positions_past_8192_with_scaling(model, factor):
+    params, weights = model(rope_scaling_factor=factor, n_layers=1)
+    positions = [0, 1, 8191, 8192, 8193, 20_000, 100_000, 131_071]
+    tokens = some_tokens(params, B=1, T=len(positions))
+    exact = float64_loop(tokens, weights, params, positions)
+    ours = traced(tokens, weights, params, positions=torch.tensor([positions]))
+    for name in ("layers.0.attention.q_rotated", "layers.0.attention.k_rotated", "logits"):
+        assert relative_error(ours[name], exact[name]) < 1e-6, name
+    other = float64_loop(tokens, weights, params | {"rope_scaling_factor": 40 - factor}, positions)
+    assert relative_error(ours["logits"], other["logits"]) > 1e-4  # 8 where 32 belongs would have been seen
+
+
+def test_late_positions_equal_transformers(model):
+    params, weights = model(rope_scaling_factor=32, dim=128, n_heads=2, n_kv_heads=1, n_layers=1)
+    from references import from_halves, hugging_face_model
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    q, positions = torch.randn(1, 2, 5, 64), torch.tensor([[0, 4000, 8192, 50_000, 131_000]])
+    cos, sin = hugging_face_model(weights, params).model.rotary_emb(q, positions)
+    theirs = from_halves(apply_rotary_pos_emb(q, q, cos, sin)[0])
+    ours = llama.rotate(from_halves(q), llama.rope_turns(positions, params))
+    assert relative_error(ours, theirs) < 2e-3  # transformers' frequencies differ in the last float32 bit
+    params["rope_scaling_factor"] = 8
+    assert relative_error(llama.rotate(from_halves(q), llama.rope_turns(positions, params)), theirs) > 0.1
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 10, 11])
+def test_cached_and_chunked_equal_whole(model, shape, chunk):
+    params, weights = model(**shape)
+    tokens = some_tokens(params, B=2, T=11)
+    whole = llama.forward(tokens, weights, params)
+    cache = llama.make_cache(weights, params, B=2, S=16)  # larger than needed: what is empty must not be seen
+    parts = [
+        llama.forward(
+            tokens[:, a : a + chunk], weights, params, cache, torch.arange(a, min(a + chunk, 11))[None]
+        )
+        for a in range(0, 11, chunk)
+    ]
+    assert relative_error(torch.cat(parts, 1), whole) < 1e-6
+    last = llama.prefill(
+        tokens,
+        weights,
+        params,
+        llama.make_cache(weights, params, 2, 11),
+        most_scores=chunk * 2 * params["n_heads"] * 11,
+    )
+    assert relative_error(last, whole[:, -1:]) < 1e-6
+
+
+def test_rows_of_a_batch_equal_single_rows(model, shape):
+    params, weights = model(**shape)
+    tokens = some_tokens(params, B=5)
+    together = llama.forward(tokens, weights, params)
+    alone = torch.cat([llama.forward(row[None], weights, params) for row in tokens])
+    assert relative_error(together, alone) < 1e-6
+
+
+def test_rows_may_stand_at_different_positions(model):
+    params, weights = model()
+    tokens, lengths = some_tokens(params, B=2, T=8), (5, 8)
+    cache = llama.make_cache(weights, params, 2, 12)
+    llama.forward(tokens, weights, params, cache)  # row 0's last three tokens are filling
+    new = some_tokens(params, B=2, T=1, seed=9)
+    logits = llama.forward(new, weights, params, cache, torch.tensor(lengths)[:, None])
+    for row, length in enumerate(lengths):
+        alone = llama.forward(torch.cat([tokens[row, :length], new[row]])[None], weights, params)[:, -1:]
+        assert relative_error(logits[row : row + 1], alone) < 1e-6
+
+
+def test_last_only_gives_the_last_position(model):
+    params, weights = model()
+    tokens = some_tokens(params)
+    last = llama.forward(tokens, weights, params, last_only=True)
+    assert last.shape == (2, 1, 512) and last.dtype == torch.float32
+    assert relative_error(last, llama.forward(tokens, weights, params)[:, -1:]) < 1e-6
+
+
+def test_gradients_flow_and_equal_finite_differences(model):
+    params, weights = model()
+    tokens = some_tokens(params)
+
+    def loss():
+        return llama.forward(tokens, weights, params).double().logsumexp(-1).sum()
+
+    for w in weights.values():
+        w.requires_grad_()
+    loss().backward()
+    assert all(w.grad is not None and w.grad.abs().sum() > 0 for w in weights.values())
+    for name in (
+        "layers.0.attention.wk.weight",
+        "layers.1.feed_forward.w1.weight",
+        "layers.2.ffn_norm.weight",
+    ):
+        w, step = weights[name], 1e-2
+        place = w.grad.abs().flatten().argmax()
+        with torch.no_grad():
+            w.view(-1)[place] += step
+            above = loss()
+            w.view(-1)[place] -= 2 * step
+            below = loss()
+            w.view(-1)[place] += step
+        assert ((above - below) / (2 * step)).item() == pytest.approx(
+            w.grad.flatten()[place].item(), rel=2e-2
+        ), name
+
+
+def test_a_probe_can_change_what_flows_on(model):
+    params, weights = model()
+    tokens, trace = some_tokens(params), traced(some_tokens(params), weights, params)
+    for name, tensor in trace.items():  # every name is a place to watch, and to inject
+
+        def inject(here, dims, value, name=name, tensor=tensor):
+            return tensor * 0 if here == name and here != "tokens" else value
+
+        logits = llama.forward(tokens, weights, params, probe=inject)
+        assert name == "tokens" or not torch.equal(logits, trace["logits"]), name
+
+
+def test_a_letter_that_means_two_sizes_raises():
+    sizes = {}
+    llama.check_dims(sizes, "a", "B T", torch.zeros(2, 3))
+    assert sizes == {"B": 2, "T": 3}
+    for dims, shape in (("B T", (2, 4)), ("B T D", (2, 3)), ("B", (2, 3)), ("B 1 T", (2, 2, 3))):
+        with pytest.raises(ValueError, match="b should be"):
+            llama.check_dims(dict(sizes), "b", dims, torch.zeros(shape))
+
+
+def test_sees_through_torch_compile(model):
+    params, weights = model()
+    tokens = some_tokens(params)
+    compiled = torch.compile(llama.forward, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(tokens, weights, params), llama.forward(tokens, weights, params))
