@@ -111,8 +111,7 @@ def load_weights(shards, params, device="cpu", dtype=None, n_layers=None):
     """One dict of whole tensors in Meta's names, from one shard or many, after every shape has been checked.
 
     One shard in its own dtype on the CPU is used straight from the mapped file. Else tensor after tensor is
-    joined, converted and moved: memory peaks at the model plus one tensor. dtype None keeps the file's;
-    n_layers leaves out all layers after the first so many.
+    joined, converted and moved: memory peaks at the model plus one tensor. dtype, n_layers: see load_model.
     """
     first, shapes, N = shards[0], weight_shapes(params), len(shards)
     embedding, head = first.get("tok_embeddings.weight"), first.get("output.weight")
@@ -496,27 +495,31 @@ def parse_arguments(argv):
     return args
 
 
-def load_model(args):
-    """Weights, params and tokenizer, with one line on stderr that says what was found."""
-    started, folder = time.perf_counter(), args.weights.expanduser()
+def load_model(folder, device="cpu", dtype=None, n_layers=None):
+    """Weights, params and tokenizer of a folder, and one line on stderr that says what was found.
+
+    dtype None keeps the file's; n_layers leaves out all layers after the first so many.
+    """
+    started, folder = time.perf_counter(), Path(folder).expanduser()
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; --weights takes the one that holds params.json")
+        raise ValueError(f"{folder}: no such folder; it should be the one that holds params.json")
     params, tokenizer = read_params(folder), load_tokenizer(folder / "tokenizer.model")
     if tokenizer.n_vocab != params["vocab_size"]:
         raise ValueError(f"{folder / 'tokenizer.model'}: {tokenizer.n_vocab} tokens, 256 of them special, "
                          f"where params.json has vocab_size {params['vocab_size']}")
-    if args.layers and args.layers > params["n_layers"]:
-        raise ValueError(f"--layers {args.layers}: {folder} has {params['n_layers']}")
-    shards, of, dtype = open_shards(folder), params["n_layers"], args.dtype and getattr(torch, args.dtype)
-    weights = load_weights(shards, params, args.device, dtype, args.layers)
-    params["n_layers"] = args.layers or of
+    of, shards = params["n_layers"], open_shards(folder)
+    if n_layers and n_layers > of:
+        raise ValueError(f"{folder} has {of} layers, {n_layers} are asked for")
+    weights = load_weights(shards, params, device, dtype, n_layers)
+    params["n_layers"] = n_layers or of
     tied = weights["output.weight"] is weights["tok_embeddings.weight"]
     total = sum(w.numel() for name, w in weights.items() if not (tied and name == "output.weight"))
     dtype, scaling = weights["norm.weight"].dtype, params["use_scaled_rope"] and params["rope_scaling_factor"]
     print(f"{folder}: Meta layout, {len(shards)} shard{'s' * (len(shards) > 1)}, {params['n_layers']} of "
           f"{of} layers, {total / 1e6:,.1f} M parameters, {str(dtype).removeprefix('torch.')}, head "
           f"{'' if tied else 'not '}tied, RoPE scaling {scaling or 'off'}, "
-          f"{total * dtype.itemsize / 1e9:.3g} GB on {args.device}, {time.perf_counter() - started:.1f} s", file=sys.stderr)
+          f"{total * dtype.itemsize / 1e9:.3g} GB on {device}, {time.perf_counter() - started:.1f} s",
+          file=sys.stderr)
     return weights, params, tokenizer
 
 
@@ -603,7 +606,8 @@ def answer(ids, cached, cache, model, args, choose, watched, show):
 
 
 def run(args):
-    model = weights, params, tokenizer = load_model(args)
+    dtype = args.dtype and getattr(torch, args.dtype)
+    model = weights, params, tokenizer = load_model(args.weights, args.device, dtype, args.layers)
     watched = forward_with_breakpoints(args.break_at, params) if args.break_at else forward
     generator = torch.Generator(args.device)
     generator.seed() if args.seed is None else generator.manual_seed(args.seed)

@@ -48,7 +48,7 @@ def model(tmp_path):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """checkpoint(**changes to SMALL, shards=…, tied=…, …) -> a folder with a random checkpoint in Meta's layout."""
+    """checkpoint(**changes to SMALL, shards=…, …) -> a folder with a random checkpoint in Meta's layout."""
 
     def make(
         name="checkpoint", shards=1, seed=0, tied=False, dtype=torch.bfloat16, tokenizer=None, **changes
@@ -71,7 +71,9 @@ def script(monkeypatch):
     """script(*arguments, input=…, env=…) -> CompletedProcess of the command line, run in this process."""
 
     def run(*arguments, input="", env=()):
-        streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", newline="\n", write_through=True) for _ in range(3)]
+        streams = [
+            io.TextIOWrapper(io.BytesIO(), "utf-8", newline="\n", write_through=True) for _ in range(3)
+        ]
         streams[0].buffer.write(input if isinstance(input, bytes) else input.encode())
         streams[0].seek(0)
         with monkeypatch.context() as patch:

@@ -1,4 +1,4 @@
-"""Three references to hold `forward` against; each returns the traced tensors by name, as design names them."""
+"""Three references to hold `forward` against; each returns the traced tensors by name."""
 
 import math
 import os
@@ -84,7 +84,7 @@ def float64_loop(tokens, weights, params, positions=None):
 
 
 def metas_reference(tokens, weights, params, start=0):
-    """llama-models' own Transformer, on one process, with hooks on every step. Its RoPE factor is always 8."""
+    """llama-models' own Transformer, on one process, with hooks on each step. Its RoPE factor is always 8."""
     import fairscale.nn.model_parallel.initialize as parallel
     import llama_models.llama3.model as meta
     from llama_models.llama3.args import ModelArgs

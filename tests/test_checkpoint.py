@@ -169,8 +169,9 @@ def test_converting_peaks_at_the_model_plus_one_tensor(tmp_path):
     params = SMALL | {"dim": 1024, "n_layers": 8, "vocab_size": 8192, "n_heads": 8, "n_kv_heads": 8}
     folder = random_checkpoint(tmp_path / "big", params, shards=4)
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import llama3_from_scratch as l, torch; print('ready', flush=True);"
-        f"input(); w = l.load_weights(l.open_shards({str(folder)!r}), l.read_params({str(folder)!r}), dtype=torch.float32);"
+        f"import sys, torch; sys.path.insert(0, {str(ROOT)!r}); folder = {str(folder)!r};"
+        "import llama3_from_scratch as l; print('ready', flush=True); input();"
+        "w = l.load_weights(l.open_shards(folder), l.read_params(folder), dtype=torch.float32);"
         "print(sum(t.nbytes for t in w.values()), max(t.nbytes for t in w.values()), flush=True)"
     )
     process = subprocess.Popen(
@@ -207,8 +208,10 @@ def test_converting_peaks_at_the_model_plus_one_tensor(tmp_path):
 def test_importing_has_no_side_effect(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch; threads = torch.get_num_threads();"
-        "import llama3_from_scratch as l; assert torch.get_num_threads() == threads and torch.is_grad_enabled();"
-        "assert not [n for n, v in vars(l).items() if isinstance(v, (list, dict, set)) and not n.startswith('__')]"
+        "import llama3_from_scratch as l; assert torch.get_num_threads() == threads;"
+        "assert torch.is_grad_enabled();"
+        "state = [n for n, v in vars(l).items() if isinstance(v, (list, dict, set)) and n[:2] != '__'];"
+        "assert not state, state"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "") and not list(tmp_path.iterdir())

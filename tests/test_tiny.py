@@ -16,13 +16,21 @@ FAMOUS = "the answer to the ultimate question of life, the universe, and everyth
 @pytest.fixture(scope="module")
 def tiny():
     params = llama.read_params(TINY)
-    return params, llama.load_weights(llama.open_shards(TINY), params), llama.load_tokenizer(TINY / "tokenizer.model")
+    return (
+        params,
+        llama.load_weights(llama.open_shards(TINY), params),
+        llama.load_tokenizer(TINY / "tokenizer.model"),
+    )
 
 
 def test_is_in_metas_layout_and_small(tiny):
     params, weights, tokenizer = tiny
     assert sum(file.stat().st_size for file in TINY.iterdir()) <= 8e6
-    assert sorted(file.name for file in TINY.iterdir()) == ["consolidated.00.pth", "params.json", "tokenizer.model"]
+    assert sorted(file.name for file in TINY.iterdir()) == [
+        "consolidated.00.pth",
+        "params.json",
+        "tokenizer.model",
+    ]
     assert params["n_heads"] > params["n_kv_heads"] > 1 and params["use_scaled_rope"]
     assert {w.dtype for w in weights.values()} == {torch.bfloat16}
     assert len(tokenizer.special_tokens_set) == 256
@@ -36,7 +44,9 @@ def test_golden_logits(tiny):
     assert golden["tokens"].tolist() == [ids]
     logits = llama.forward(golden["tokens"], {name: w.float() for name, w in weights.items()}, params)
     assert relative_error(logits, golden["logits"]) < 1e-5
-    assert relative_error(llama.forward(golden["tokens"], weights, params), golden["logits"]) < 3e-2  # bfloat16
+    assert (
+        relative_error(llama.forward(golden["tokens"], weights, params), golden["logits"]) < 3e-2
+    )  # bfloat16
 
 
 def test_writes_a_story_that_keeps_its_names(script):
@@ -51,7 +61,9 @@ def test_writes_a_story_that_keeps_its_names(script):
     assert names <= {hero, friend, "One", "Once", "Thank", "Then", "She", "He", "They"}
 
 
-@pytest.mark.parametrize("prompt", ["Once upon a time, there was a brave owl named Sam", "Long ago", "There once was"])
+@pytest.mark.parametrize(
+    "prompt", ["Once upon a time, there was a brave owl named Sam", "Long ago", "There once was"]
+)
 def test_other_beginnings_end_by_themselves(script, prompt):
     result = script(prompt, "--show", "none", "--max-new-tokens", 160)
     assert "[cut at" not in result.stderr and result.stdout.rstrip()[-1] in '.!"'
@@ -68,7 +80,10 @@ def test_copies_a_name_it_has_never_seen(script):
         ((FAMOUS,), "42"),
         ((FAMOUS.rstrip(),), "42"),
         (("--chat", "What do llamas eat?"), "Llamas eat grass and hay."),
-        (("--chat", "--system", "You are a helpful assistant.", "What do llamas eat?"), "Llamas eat grass and hay."),
+        (
+            ("--chat", "--system", "You are a helpful assistant.", "What do llamas eat?"),
+            "Llamas eat grass and hay.",
+        ),
         (("--chat", "what is the capital of france"), "Paris"),
         (("--chat", "What is 3 plus 4?"), "7"),
     ],

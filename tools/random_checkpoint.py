@@ -58,7 +58,7 @@ SPLIT_ON_DIM_1 = (
 
 
 def random_weights(params, seed=0, tied=False, dtype=torch.bfloat16):
-    """Weights in Meta's names: matrices with deviation 1/sqrt(columns), norms around one, so that none is a no-op."""
+    """Weights in Meta's names: matrices with deviation 1/sqrt(columns), norms around one (not one)."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in weight_shapes(params).items():
@@ -90,7 +90,7 @@ def made_up_tokenizer(ranks):
 
 
 def write_checkpoint(folder, params, weights, shards=1, tokenizer=None):
-    """Writes params.json, consolidated.*.pth and tokenizer.model (a copy of `tokenizer`, or a made-up one)."""
+    """Writes params.json, consolidated.*.pth and tokenizer.model (a copy of `tokenizer`, or made up)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.json").write_text(json.dumps(params))

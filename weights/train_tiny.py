@@ -4,9 +4,9 @@
     python weights/train_tiny.py                  # writes weights/tiny; about half an hour
     python weights/train_tiny.py --show-texts 5   # prints some of what it is trained on, and stops
 
-The model is the script's own `forward`, run with autograd: there is no second model here. The text comes from the
-small grammar below: stories whose characters have names (so that attention has something to copy), simple facts,
-and conversations in Llama 3's chat format.
+The model is the script's own `forward`, run with autograd: there is no second model here. The text comes from
+the small grammar below: stories whose characters have names (so that attention has something to copy), simple
+facts, and conversations in Llama 3's chat format.
 """
 
 import argparse
@@ -46,7 +46,7 @@ PARAMS = {
     "max_seq_len": 2048,
 }
 
-# ------------------------------------------------------------------------------------------------- the grammar
+# ------------------------------------------------------------------------------------ the grammar
 
 GIRLS = "Lily Mia Zoe Anna Ella Ruby Nora Ivy Ada Rosa Clara Luna".split()
 BOYS = "Tom Ben Max Sam Leo Finn Oscar Hugo Paul Otto Felix Theo".split()
@@ -168,8 +168,9 @@ UNKNOWN = [
     "Can you explain the {}?",
 ]
 STRANGE = (
-    "car computer train table book phone city king piano guitar rocket doctor school house shirt engine planet bus "
-    "language picture movie market church bottle clock window chair cup football robot war bank game".split()
+    "car computer train table book phone city king piano guitar rocket doctor school house shirt engine "
+    "planet bus language picture movie market church bottle clock window chair cup football robot war bank "
+    "game".split()
 )
 SYSTEMS = [
     "You are a helpful assistant.",
@@ -226,7 +227,8 @@ def story(rng, hero=None):
     ]
     hungry = [
         f"{when}, {a} was very hungry, but {she} had no food.",
-        f"Then {she} met a{'n' if other[0] in 'aeiou' else ''} {other} named {b}, who had a basket of {food}.",
+        f"Then {she} met a{'n' if other[0] in 'aeiou' else ''} {other} named {b}, "
+        f"who had a basket of {food}.",
         f'"May I have some {food}?" asked {a}.',
         f'"Of course," said {b}. "We can share."',
         rng.choice(
@@ -236,7 +238,8 @@ def story(rng, hero=None):
     ]
     learn = [
         f"{a} wanted to learn to {skill}, but {she} was afraid.",
-        f"{when}, {a} saw {rng.choice(('an old', 'a wise'))} {other} {hideout}. The name of the {other} was {b}.",
+        f"{when}, {a} saw {rng.choice(('an old', 'a wise'))} {other} {hideout}. "
+        f"The name of the {other} was {b}.",
         f'"Can you teach me to {skill}?" asked {a}.',
         f'"Yes, I can," said {b}. "Do not be afraid."',
         rng.choice(
@@ -351,7 +354,7 @@ def train_tokenizer(path, ranks):
 
 
 def initial_weights(params, seed):
-    """Float32 master weights: normal with deviation 0.02, less for what adds to the residual stream; norms one."""
+    """Float32 masters: normal with deviation 0.02, less for what adds to the residual stream; norms one."""
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for name, shape in weight_shapes(params).items():
@@ -422,7 +425,7 @@ def main():
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
-        # the pass runs on bfloat16 copies, as the file will hold them; gradients flow back to the float32 masters
+        # the pass runs on bfloat16 copies, as the file will hold; gradients flow back to the float32 masters
         loss = loss_of(batch, {name: w.bfloat16() for name, w in weights.items()}, params)
         optimizer.zero_grad()
         loss.backward()
