@@ -43,39 +43,30 @@ from torch.nn.functional import silu
 # ------------------------------------------------------------------------ the checkpoint
 
 
-def read_params(folder):
-    """The sizes of a model: params.json as a dict, with all that Meta's code supplies or derives filled in.
+def fill_params(given):
+    """The sizes of a model: what params.json gives, and where it is silent what Meta's code supplies.
 
-    That is n_kv_heads, head_dim, ffn_dim, norm_eps, rope_theta, RoPE scaling and max_seq_len (llama-models,
-    models/llama3/args.py and model.py). Raises ValueError, in one line, if the file makes no sense.
+    Source: llama-models, models/llama3/args.py and model.py.
     """
-    path = Path(folder) / "params.json"
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; it belongs beside consolidated.00.pth and tokenizer.model")
-    try:
-        given = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as problem:
-        raise ValueError(f"{path}: not a JSON object ({problem})") from None
-    params = {"n_kv_heads": given.get("n_heads"), "norm_eps": 1e-5, "rope_theta": 10000.0, "multiple_of": 256,
-              "ffn_dim_multiplier": 1.0, "use_scaled_rope": False} | given
-    for key in ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier",
-                "norm_eps", "rope_theta"):
-        whole = key not in ("ffn_dim_multiplier", "norm_eps", "rope_theta")
-        if type(params.get(key)) not in (int, int if whole else float) or not 0 < params[key] < 1e9:
-            raise ValueError(f"{path}: {key} is {params.get(key, 'missing')!r}, expected a {'whole ' * whole}"
-                             "number above 0")
-    D, H, K, unit = (params[key] for key in ("dim", "n_heads", "n_kv_heads", "multiple_of"))
-    params.setdefault("head_dim", D // H)
-    F = int(params["ffn_dim_multiplier"] * int(2 * 4 * D / 3))  # SwiGLU: 3 matrices where older models had 2
-    params.setdefault("ffn_dim", math.ceil(F / unit) * unit)
-    if H % K or params["head_dim"] % 2 or not params["head_dim"]:
-        raise ValueError(f"{path}: dim {D}, {H} heads, {K} key/value heads, head dim {params['head_dim']}: "
-                         "they do not fit together")
+    D, H = given["dim"], given["n_heads"]
+    scaled, unit = given.get("use_scaled_rope") or False, given.get("multiple_of") or 256
+    F = int((given.get("ffn_dim_multiplier") or 1) * int(2 * 4 * D / 3))  # SwiGLU has 3 matrices, not 2
     # No release stores its RoPE factor. Meta's code has 8, but 3.2 1B and 3B want 32 (llama-models #241).
-    is_llama_3_2 = (D, params["n_layers"]) in ((2048, 16), (3072, 28))
-    params.setdefault("rope_scaling_factor", 32 if is_llama_3_2 else 8)
-    params.setdefault("max_seq_len", 131072 if params["use_scaled_rope"] else 8192)
-    return params
+    factor = 32 if (D, given["n_layers"]) in ((2048, 16), (3072, 28)) else 8
+    supplied = {"n_kv_heads": H, "head_dim": D // H, "ffn_dim": math.ceil(F / unit) * unit, "norm_eps": 1e-5,
+                "rope_theta": 10000.0, "use_scaled_rope": scaled, "rope_scaling_factor": factor,
+                "rope_low_freq_factor": 1, "rope_high_freq_factor": 4, "rope_original_context": 8192,
+                "max_seq_len": 131072 if scaled else 8192 if "rope_theta" in given else 4096}
+    return supplied | {key: value for key, value in given.items() if value is not None}
+
+
+def read_params(folder):
+    """fill_params of a folder's params.json. Raises ValueError, in one line, if the file makes no sense."""
+    path = Path(folder) / "params.json"
+    try:
+        return fill_params(json.loads(path.read_text(encoding="utf-8")))
+    except (KeyError, TypeError, ValueError, ArithmeticError) as problem:
+        raise ValueError(f"{path}: not the sizes of a Llama ({problem!r})") from None
 
 
 def weight_shapes(params):
@@ -89,88 +80,104 @@ def weight_shapes(params):
     return {"tok_embeddings.weight": (V, D), **layers, "norm.weight": (D,), "output.weight": (V, D)}
 
 
-def open_shards(folder):
-    """The .pth files of a folder in Meta's layout: dicts of tensors that stay on disk until they are read."""
-    count = max(1, len(list(Path(folder).glob("consolidated.*.pth"))))
-    shards = []
-    for path in (Path(folder) / f"consolidated.{n:02}.pth" for n in range(count)):
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file; shards are numbered from 00 on, with none left out")
-        try:
-            shard = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
-        except Exception as problem:  # torch raises a dozen kinds for a file that is no checkpoint
-            reason = str(problem).strip().partition("\n")[0][:120]
-            raise ValueError(f"{path}: not a PyTorch checkpoint, or one cut short ({reason})") from None
-        if not isinstance(shard, dict) or not all(isinstance(t, torch.Tensor) for t in shard.values()):
-            raise ValueError(f"{path}: expected a dict of tensors, found {type(shard).__name__}")
-        shards.append(shard)
-    return shards
+def open_pth(path):
+    """The tensors of a .pth file by name. They stay on disk, mapped, until they are read."""
+    try:
+        shard = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+    except Exception as problem:  # torch raises a dozen kinds for a file that is no checkpoint
+        raise ValueError(f"{path}: not a PyTorch checkpoint ({str(problem).splitlines()[:1]})") from None
+    if not isinstance(shard, dict) or not all(isinstance(t, torch.Tensor) for t in shard.values()):
+        raise ValueError(f"{path}: expected a dict of tensors, found {type(shard).__name__}")
+    return shard
 
 
-def load_weights(shards, params, device="cpu", dtype=None, n_layers=None):
-    """One dict of whole tensors in Meta's names, from one shard or many, after every shape has been checked.
+def open_meta(folder):
+    """A folder in Meta's layout: params, shards (tensors by name, by file), tokenizer, nothing to convert."""
+    count = len(list(Path(folder).glob("consolidated.*.pth"))) or 1
+    files = [f"consolidated.{n:02}.pth" for n in range(count)]
+    for file in ("params.json", "tokenizer.model", *files):
+        if not (Path(folder) / file).is_file():
+            raise ValueError(f"{Path(folder) / file}: no such file; params.json, tokenizer.model and "
+                             "consolidated.00.pth, 01, … belong together")
+    shards = {file: open_pth(Path(folder) / file) for file in files}
+    return read_params(folder), shards, load_tokenizer(Path(folder) / "tokenizer.model"), None
 
-    One shard in its own dtype on the CPU is used straight from the mapped file. Else tensor after tensor is
-    joined, converted and moved: memory peaks at the model plus one tensor. dtype, n_layers: see load_model.
+
+def check_shapes(shards, params):
+    """Checks every tensor's shape, before anything is read. Returns along which dim to join slices, by name.
+
+    None: a shard has the whole. The head is left out if it is tied to the embedding: Meta's 3.2 files hold it
+    as the same memory, other people's not at all.
     """
-    first, shapes, N = shards[0], weight_shapes(params), len(shards)
-    embedding, head = first.get("tok_embeddings.weight"), first.get("output.weight")
-    # Meta's 3.2 files hold the head as the same memory as the embedding, other people's do not hold it.
-    tied = head is None or embedding is not None and head.data_ptr() == embedding.data_ptr()
-    if tied:
+    shapes, N, first = weight_shapes(params), len(shards), next(iter(shards.values()))
+    head, embedding = first.get("output.weight"), first.get("tok_embeddings.weight")
+    if head is None or embedding is not None and head.data_ptr() == embedding.data_ptr():
         del shapes["output.weight"]
-    dims = {}  # along which dim are a tensor's slices joined? The one that makes the expected shape.
-    for name, shape in shapes.items():
+    dims = {}
+    for (name, shape), (file, shard) in itertools.product(shapes.items(), shards.items()):
+        found = tuple(shard[name].shape) if name in shard else "no such tensor"
         slices = {tuple(size // N if d == dim else size for d, size in enumerate(shape)): dim
                   for dim, size in enumerate(shape) if len(shape) > 1 and size % N == 0} or {shape: None}
-        for n, shard in enumerate(shards):
-            found = tuple(shard[name].shape) if name in shard else "no such tensor"
-            if found not in slices or not shard[name].is_floating_point():
-                raise ValueError(f"consolidated.{n:02}.pth: {name}: expected floating point numbers of shape "
-                                 f"{' or '.join(map(str, slices))} from params.json, found {found}"
-                                 f"{f' {shard[name].dtype}' if name in shard else ''}")
-            dims[name] = slices[found]
-    unknown = first.keys() - shapes.keys() - {"output.weight", "rope.freqs"}  # Llama 2 files have the latter
-    if unknown:
-        raise ValueError(f"consolidated.00.pth: {min(unknown)}: no Llama 3 of this size has such a tensor")
-    weights = {}
+        if found not in slices or dims.setdefault(name, slices[found]) != slices[found]:
+            raise ValueError(f"{file}: {name}: expected shape {' or '.join(map(str, slices))} for 1 of {N} "
+                             f"shards, found {found}; are all there, do they and the params belong together?")
+    for file, shard in shards.items():
+        unknown = shard.keys() - shapes.keys() - {"output.weight", "rope.freqs"}  # Llama 2's, not needed
+        if unknown:
+            raise ValueError(f"{file}: {min(unknown)}: a Llama of these sizes has no such tensor")
+    return dims
+
+
+def load_weights(shards, params, device="cpu", dtype=None, convert=None, n_layers=None):
+    """One dict of whole tensors in Meta's names from one shard or many; n_layers: only of the first layers.
+
+    One shard in its own dtype on the CPU is used straight from the mapped file. Else tensor after tensor is
+    joined, converted (by `convert`, which another layout may bring, and to dtype) and moved, so that memory
+    peaks at the model plus one tensor.
+    """
+    weights, dims = {}, check_shapes(shards, params)
+    dtype = dtype or next(iter(shards.values()))["tok_embeddings.weight"].dtype
     for name in weight_shapes(params | {"n_layers": n_layers or params["n_layers"]}):
         if name in dims:
-            slices = [shard[name] for shard in shards]
-            whole = slices[0] if N == 1 or dims[name] is None else torch.cat(slices, dims[name])
-            weights[name] = whole.to(device=device, dtype=dtype or embedding.dtype)
-    return weights if not tied else weights | {"output.weight": weights["tok_embeddings.weight"]}
+            slices = [shard[name] for shard in shards.values()]
+            w = slices[0] if dims[name] is None or len(slices) == 1 else torch.cat(slices, dims[name])
+            weights[name] = (convert(name, w) if convert else w).to(device=device, dtype=dtype)
+    weights.setdefault("output.weight", weights["tok_embeddings.weight"])
+    return weights
 
 
 # ------------------------------------------------------------------------ the tokenizer and the chat format
 
 
-def load_tokenizer(path):
-    """A tiktoken Encoding from a tokenizer.model, whose lines are "base64 rank".
+def make_tokenizer(ranks, source):
+    """A tiktoken Encoding from ranks (each token's bytes to its rank), with Llama 3's 256 special tokens.
 
-    Llama 3's 256 special tokens follow the ranks. Source of these and of the pattern: llama-models,
-    models/llama3/tokenizer.py.
+    They follow the ranks. Source of these and of the pattern: llama-models, models/llama3/tokenizer.py.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file; it comes with the weights")
+    if {*ranks.values()} != {*range(len(ranks))} or not ranks.keys() >= {bytes([b]) for b in range(256)}:
+        raise ValueError(f"{source}: {len(ranks)} tokens, but not one for each byte or not one for each rank")
+    names = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
+             "finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id",
+             "python_tag", "image", *(f"reserved_special_token_{n}" for n in range(2, 246))]
+    return tiktoken.Encoding(
+        name=str(source), mergeable_ranks=ranks,
+        special_tokens={f"<|{name}|>": len(ranks) + n for n, name in enumerate(names)},
+        pat_str=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def load_tokenizer(path):
+    """The tokenizer of a tokenizer.model, whose lines are "base64 rank"."""
     ranks = {}  # read here: tiktoken's own loader caches by path, and can hand out another folder's file
     with blobfile.BlobFile(str(path), "rb") as file:
         for number, line in enumerate(file.read().splitlines(), 1):
             try:
                 token, rank = line.split()
-                ranks[base64.b64decode(token, validate=True)] = int(rank)
+                if ranks.setdefault(base64.b64decode(token, validate=True), int(rank)) != int(rank):
+                    raise ValueError
             except ValueError:
                 raise ValueError(f'{path}: line {number} is not "base64 rank": {line[:40]!r}') from None
-    if {*ranks.values()} != {*range(len(ranks))} or not ranks.keys() >= {bytes([b]) for b in range(256)}:
-        raise ValueError(f"{path}: {len(ranks)} tokens, but not one for each byte, or not one for each rank")
-    names = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1",
-             "finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id",
-             "python_tag", "image", *(f"reserved_special_token_{n}" for n in range(2, 246))]
-    return tiktoken.Encoding(
-        name=str(path), mergeable_ranks=ranks,
-        special_tokens={f"<|{name}|>": len(ranks) + n for n, name in enumerate(names)},
-        pat_str=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+    return make_tokenizer(ranks, path)
 
 
 def encode(tokenizer, text):
@@ -235,8 +242,8 @@ def rope_turns(positions, params):
     E, theta = params["head_dim"], params["rope_theta"]
     freqs = 1.0 / theta ** (torch.arange(0, E, 2, device=positions.device).float() / E)  # radians a position
     if params["use_scaled_rope"]:
-        low, high = params.get("rope_low_freq_factor", 1), params.get("rope_high_freq_factor", 4)
-        turns = params.get("rope_original_context", 8192) / (2 * math.pi / freqs)
+        low, high = params["rope_low_freq_factor"], params["rope_high_freq_factor"]
+        turns = params["rope_original_context"] / (2 * math.pi / freqs)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freqs = (1 - keep) * freqs / params["rope_scaling_factor"] + keep * freqs
     angles = positions[..., None].float() * freqs
@@ -460,8 +467,11 @@ def parse_arguments(argv):
         epilog="examples:\n" + __doc__[__doc__.index("    python") : __doc__.index("\n\nDimension")])
     add = parser.add_argument
     add("prompt", nargs="?", help="text to go on from; without one it is asked for, or read from stdin")
-    add("--weights", metavar="DIR", default=Path(__file__).resolve().parent / "weights" / "tiny", type=Path,
-        help="folder with params.json, consolidated.*.pth and tokenizer.model (default: weights/tiny)")
+    add("--weights", metavar="DIR", default=str(Path(__file__).resolve().parent / "weights" / "tiny"),
+        help="a checkpoint: Meta's, Hugging Face's or rasbt's, a folder or gs://… (default: weights/tiny)")
+    add("--cache-dir", metavar="DIR", help="where copies of remote folders are kept (default: in ~/.cache)")
+    add("--rope-scaling-factor", metavar="X", type=float, help="overrides what was found or guessed")
+    add("--force", action="store_true", help="load the model even if memory looks too small for it")
     add("--chat", action="store_true", help="put the prompt as a question, in Llama 3's chat format")
     add("--system", metavar="TEXT", help="with --chat: what the assistant is told first")
     add("--max-new-tokens", metavar="N", default=100, type=int, help="default 100; 0: only the prompt's pass")
@@ -483,7 +493,8 @@ def parse_arguments(argv):
     parser.error = wrong
     args = parser.parse_args(argv)
     for flag, low, high in (("max_new_tokens", 0, math.inf), ("temperature", 0, 1000), ("top_k", 0, math.inf),
-                            ("top_p", 1e-6, 1), ("seed", 0, 2**63 - 1), ("layers", 1, math.inf)):
+                            ("top_p", 1e-6, 1), ("seed", 0, 2**63 - 1), ("layers", 1, math.inf),
+                            ("rope_scaling_factor", 1, 1000)):
         if getattr(args, flag) is not None and not low <= getattr(args, flag) <= high:
             wrong(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be from {low} to {high}")
     if args.system is not None and not args.chat:
@@ -495,32 +506,31 @@ def parse_arguments(argv):
     return args
 
 
-def load_model(folder, device="cpu", dtype=None, n_layers=None):
+def load_model(path, device="cpu", dtype=None, n_layers=None, **door):
     """Weights, params and tokenizer of a folder, and one line on stderr that says what was found.
 
-    dtype None keeps the file's; n_layers leaves out all layers after the first so many.
+    dtype None keeps the file's; n_layers leaves out all layers after the first so many. Layouts other than
+    Meta's, and most checks, are in weights/layouts.py: its open_checkpoint takes the other options.
     """
-    started, folder = time.perf_counter(), Path(folder).expanduser()
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; it should be the one that holds params.json")
-    params, tokenizer = read_params(folder), load_tokenizer(folder / "tokenizer.model")
-    if tokenizer.n_vocab != params["vocab_size"]:
-        raise ValueError(f"{folder / 'tokenizer.model'}: {tokenizer.n_vocab} tokens, 256 of them special, "
-                         f"where params.json has vocab_size {params['vocab_size']}")
-    of, shards = params["n_layers"], open_shards(folder)
-    if n_layers and n_layers > of:
-        raise ValueError(f"{folder} has {of} layers, {n_layers} are asked for")
-    weights = load_weights(shards, params, device, dtype, n_layers)
-    params["n_layers"] = n_layers or of
-    tied = weights["output.weight"] is weights["tok_embeddings.weight"]
-    total = sum(w.numel() for name, w in weights.items() if not (tied and name == "output.weight"))
-    dtype, scaling = weights["norm.weight"].dtype, params["use_scaled_rope"] and params["rope_scaling_factor"]
-    print(f"{folder}: Meta layout, {len(shards)} shard{'s' * (len(shards) > 1)}, {params['n_layers']} of "
-          f"{of} layers, {total / 1e6:,.1f} M parameters, {str(dtype).removeprefix('torch.')}, head "
-          f"{'' if tied else 'not '}tied, RoPE scaling {scaling or 'off'}, "
-          f"{total * dtype.itemsize / 1e9:.3g} GB on {device}, {time.perf_counter() - started:.1f} s",
+    started = time.perf_counter()
+    try:
+        from weights.layouts import open_checkpoint
+    except ImportError:  # this file was copied out alone
+        params, shards, tokenizer, convert = open_meta(Path(path).expanduser())
+        words = "Meta layout"
+    else:
+        params, shards, tokenizer, convert, words = open_checkpoint(path, device, dtype, n_layers, **door)
+    of = params["n_layers"]
+    if not 0 < (n_layers or of) <= of:
+        raise ValueError(f"{path} has {of} layers, {n_layers} are asked for")
+    weights = load_weights(shards, params, device, dtype, convert, n_layers)
+    tied, kind = weights["output.weight"] is weights["tok_embeddings.weight"], weights["norm.weight"].dtype
+    count = sum(w.numel() for w in weights.values()) - tied * weights["output.weight"].numel()
+    print(f"{path}: {words}, {n_layers or of} of {of} layers, {count / 1e6:,.1f} M parameters, "
+          f"{str(kind).removeprefix('torch.')}, head {'' if tied else 'not '}tied, "
+          f"{count * kind.itemsize / 1e9:.3g} GB on {device}, {time.perf_counter() - started:.1f} s",
           file=sys.stderr)
-    return weights, params, tokenizer
+    return weights, params | {"n_layers": n_layers or of}, tokenizer
 
 
 def prompts(args):
@@ -579,6 +589,11 @@ def answer(ids, cached, cache, model, args, choose, watched, show):
     started = first = time.perf_counter()
     logits = prefill(tokens, weights, params, cache, cached, watched)
     read = time.perf_counter()
+    if not logits.isfinite().all():
+        for name, w in weights.items():
+            if not w.isfinite().all():
+                raise ValueError(f"{name} holds a number that is not finite; are the weights damaged?")
+        raise ValueError(f"the logits are not finite in {logits.dtype}; --dtype bfloat16 or float32 may help")
 
     if not args.chat and sys.stdout.isatty() and sys.stderr.isatty():
         print(tokenizer.decode(ids[1:]), end="", file=sys.stderr, flush=True)  # so that the text reads as one
@@ -606,8 +621,11 @@ def answer(ids, cached, cache, model, args, choose, watched, show):
 
 
 def run(args):
-    dtype = args.dtype and getattr(torch, args.dtype)
-    model = weights, params, tokenizer = load_model(args.weights, args.device, dtype, args.layers)
+    dtype, room = args.dtype and getattr(torch, args.dtype), lambda tokenizer: args.max_new_tokens + len(
+        prompt_ids(args.prompt or "?", [], tokenizer, args))
+    model = weights, params, tokenizer = load_model(
+        args.weights, args.device, dtype, args.layers, rope_scaling_factor=args.rope_scaling_factor,
+        cache_dir=args.cache_dir, force=args.force, positions=room)
     watched = forward_with_breakpoints(args.break_at, params) if args.break_at else forward
     generator = torch.Generator(args.device)
     generator.seed() if args.seed is None else generator.manual_seed(args.seed)

@@ -15,12 +15,8 @@ FAMOUS = "the answer to the ultimate question of life, the universe, and everyth
 
 @pytest.fixture(scope="module")
 def tiny():
-    params = llama.read_params(TINY)
-    return (
-        params,
-        llama.load_weights(llama.open_shards(TINY), params),
-        llama.load_tokenizer(TINY / "tokenizer.model"),
-    )
+    weights, params, tokenizer = llama.load_model(TINY)
+    return params, weights, tokenizer
 
 
 def test_is_in_metas_layout_and_small(tiny):

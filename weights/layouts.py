@@ -1,0 +1,634 @@
+"""The door: checkpoints in any layout come in with Meta's names and order of rows, checked, or not at all.
+
+llama3_from_scratch.py reads Meta's own layout by itself. With this file beside it, it also reads Hugging Face
+folders, the .pth files of LLMs-from-scratch (rasbt), Llama 2's tokenizer and remote folders; it says which
+release it has before it, whether memory is enough, and what is wrong with a file. The script calls
+`open_checkpoint` and nothing else.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import types
+from pathlib import Path
+
+import blobfile
+import safetensors
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from llama3_from_scratch import (
+    check_shapes,
+    fill_params,
+    load_tokenizer,
+    make_tokenizer,
+    open_pth,
+    weight_shapes,
+)
+
+NAMES = [  # Meta's, Hugging Face's, rasbt's; each followed by ".weight"
+    ("tok_embeddings", "model.embed_tokens", "tok_emb"),
+    ("layers.{}.attention_norm", "model.layers.{}.input_layernorm", "trf_blocks.{}.norm1"),
+    ("layers.{}.attention.wq", "model.layers.{}.self_attn.q_proj", "trf_blocks.{}.att.W_query"),
+    ("layers.{}.attention.wk", "model.layers.{}.self_attn.k_proj", "trf_blocks.{}.att.W_key"),
+    ("layers.{}.attention.wv", "model.layers.{}.self_attn.v_proj", "trf_blocks.{}.att.W_value"),
+    ("layers.{}.attention.wo", "model.layers.{}.self_attn.o_proj", "trf_blocks.{}.att.out_proj"),
+    ("layers.{}.ffn_norm", "model.layers.{}.post_attention_layernorm", "trf_blocks.{}.norm2"),
+    ("layers.{}.feed_forward.w1", "model.layers.{}.mlp.gate_proj", "trf_blocks.{}.ff.fc1"),
+    ("layers.{}.feed_forward.w3", "model.layers.{}.mlp.up_proj", "trf_blocks.{}.ff.fc2"),
+    ("layers.{}.feed_forward.w2", "model.layers.{}.mlp.down_proj", "trf_blocks.{}.ff.fc3"),
+    ("norm", "model.norm", "final_norm"),
+    ("output", "lm_head", "out_head"),
+]
+META, HUGGING_FACE, RASBT = range(3)
+
+
+def metas_names(tensors, dialect):
+    """The same tensors under Meta's names. A name not in the table stays, for the script to refuse."""
+    table = {names[dialect]: names[META] for names in NAMES}
+    renamed = {}
+    for name, tensor in tensors.items():
+        if name.endswith("rotary_emb.inv_freq"):  # old Hugging Face files hold it; the script computes it
+            continue
+        layer = re.search(r"\.(\d+)\.", name)
+        pattern = (
+            name.removesuffix(".weight").replace(layer[0], ".{}.", 1)
+            if layer
+            else name.removesuffix(".weight")
+        )
+        known = table.get(pattern) if name.endswith(".weight") else None
+        renamed[f"{known.format(layer and layer[1])}.weight" if known else name] = tensor
+    return renamed
+
+
+def rows_in_pairs(params):
+    """A function (name, tensor) -> tensor that brings rows of wq and wk from two halves to neighbouring pairs.
+
+    Hugging Face and rasbt rotate the first half of a head against the second, Meta each number against its
+    neighbour; only these two matrices differ (transformers, convert_llama_weights_to_hf.py).
+    """
+
+    def convert(name, w):
+        if not name.endswith(("attention.wq.weight", "attention.wk.weight")):
+            return w
+        return w.view(-1, 2, params["head_dim"] // 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
+
+    return convert
+
+
+# ------------------------------------------------------------------------------------ what is wrong with it?
+
+
+def first_line(problem):
+    return next(iter(str(problem).strip().splitlines()), type(problem).__name__)[:150]
+
+
+def explain(path, expected, problem):
+    """A ValueError that says what a file is instead: downloads may leave a web page or a Git LFS pointer."""
+    if not path.exists():
+        return ValueError(f"{path}: no such file")
+    if not path.is_file():
+        return ValueError(f"{path}: expected {expected}, found a folder")
+    try:
+        with open(path, "rb") as file:
+            start = file.read(64).lstrip()
+    except OSError as reason:
+        return ValueError(f"{path}: cannot be read ({reason.strerror})")
+    found = f"one that is damaged or cut short ({first_line(problem)})"
+    if not start:
+        found = "an empty file"
+    elif start.startswith(b"<"):
+        found = "a web page, left by a download that was refused; download it again"
+    elif start.startswith(b"version https://git-lfs"):
+        found = "a Git LFS pointer; 'git lfs pull' gets the file itself"
+    return ValueError(f"{path}: expected {expected}, found {found}")
+
+
+def read_json(path):
+    """The object in a JSON file, as a dict."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise explain(path, "a JSON object", problem) from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: expected a JSON object, found a {type(found).__name__}")
+    return found
+
+
+NUMBERS = {  # key of params.json: (type, smallest, largest)
+    "dim": (int, 2, 10**6),
+    "n_layers": (int, 1, 1000),
+    "n_heads": (int, 1, 10**4),
+    "n_kv_heads": (int, 1, 10**4),
+    "vocab_size": (int, 257, 10**7),
+    "multiple_of": (int, 1, 10**6),
+    "ffn_dim_multiplier": (float, 1e-3, 1e3),
+    "head_dim": (int, 2, 10**5),
+    "ffn_dim": (int, 1, 10**7),
+    "norm_eps": (float, 1e-30, 1),
+    "rope_theta": (float, 1, 1e12),
+    "rope_scaling_factor": (float, 1, 1000),
+    "rope_low_freq_factor": (float, 1e-3, 1e3),
+    "rope_high_freq_factor": (float, 1e-3, 1e3),
+    "rope_original_context": (int, 1, 10**8),
+    "max_seq_len": (int, 1, 10**8),
+}
+
+
+def check_params(given, source, names=None):
+    """fill_params after a look at every value. names: what keys are called in the file, if not as Meta's."""
+    for key, value in given.items():
+        if re.match("quant|lora|moe|vision", key) and value:
+            raise ValueError(f"{source}: {key} is not supported; it belongs to another kind of model")
+    if given.get("use_scaled_rope") not in (None, True, False):
+        raise ValueError(f"{source}: use_scaled_rope is {given['use_scaled_rope']!r}, expected true or false")
+    for key, (kind, low, high) in NUMBERS.items():
+        required = key in ("dim", "n_layers", "n_heads", "vocab_size")
+        if given.get(key) is None and not required:
+            continue
+        value = given.get(key)
+        if type(value) not in (int, kind) or not low <= value <= high:
+            raise ValueError(
+                f"{source}: {(names or {}).get(key, key)} is "
+                f"{'missing' if value is None else repr(value)[:40]}, "
+                f"expected a {'whole ' * (kind is int)}number from {low:g} to {high:g}"
+            )
+    params = fill_params(given)
+    H, K, E = params["n_heads"], params["n_kv_heads"], params["head_dim"]
+    if H % K or E % 2 or not E or ("head_dim" not in given and params["dim"] % H):
+        raise ValueError(
+            f"{source}: dim {params['dim']}, {H} heads, {K} key/value heads and head dim {E} do not fit "
+            "together"
+        )
+    if params["rope_high_freq_factor"] <= params["rope_low_freq_factor"]:
+        raise ValueError(f"{source}: the high frequency factor of RoPE scaling must be above the low one")
+    return params
+
+
+def check_tensors(shards):
+    """Plain numbers in a type to compute in, norms alike in all shards; shapes are the script's affair."""
+    first = next(iter(shards.values()))
+    for file, shard in shards.items():
+        for name, w in shard.items():
+            if (
+                w.dtype not in (torch.float32, torch.bfloat16, torch.float16)
+                or w.layout != torch.strided
+                or w.is_meta
+            ):
+                raise ValueError(
+                    f"{file}: {name} is {w.dtype}, {w.layout}, on {w.device}; expected plain float32, "
+                    "bfloat16 or float16 numbers".replace("torch.", "")
+                )
+            if w.dim() == 1 and shard is not first and name in first and not torch.equal(w, first[name]):
+                raise ValueError(
+                    f"{file}: {name} is not that of the first shard; they are of different models"
+                )
+
+
+def free_memory(device):
+    """Bytes that can still be allocated, as far as the system tells; else infinitely many."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    if device == "cpu" and Path("/proc/meminfo").is_file():
+        return int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+    return math.inf
+
+
+def check_memory(params, shards, device, dtype, positions):
+    """Weights and cache of this run, in bytes from headers alone, against what is free."""
+    dtype = dtype or next(iter(shards.values()))["tok_embeddings.weight"].dtype
+    held = check_shapes(shards, params | {"n_layers": params["all_layers"]})
+    weights = (
+        sum(math.prod(shape) for name, shape in weight_shapes(params).items() if name in held)
+        * dtype.itemsize
+    )
+    cache = params["n_layers"] * 2 * params["n_kv_heads"] * positions * params["head_dim"] * dtype.itemsize
+    free = free_memory(device)
+    if weights + cache > free:
+        raise ValueError(
+            f"{weights / 1e9:.1f} GB of weights and {cache / 1e9:.1f} GB of cache are more than the "
+            f"{free / 1e9:.1f} GB that are free; --dtype bfloat16, --layers N or fewer tokens need less, "
+            "--force tries all the same"
+        )
+
+
+RELEASES = {  # (dim, layers, RoPE scaling): name; 3.1 and 3.3 70B have the same sizes
+    (4096, 32, False): "Llama 3 8B", (8192, 80, False): "Llama 3 70B", (4096, 32, True): "Llama 3.1 8B",
+    (8192, 80, True): "Llama 3.1 or 3.3 70B", (16384, 126, True): "Llama 3.1 405B",
+    (2048, 16, True): "Llama 3.2 1B", (3072, 28, True): "Llama 3.2 3B",
+}  # fmt: skip
+LLAMA_2 = {(4096, 32): "Llama 2 7B", (5120, 40): "Llama 2 13B", (8192, 80): "Llama 2 70B"}
+
+
+def understood(params, shards):
+    """Words for the report: which release this looks like, how RoPE is scaled and why, duplicated heads."""
+    sizes, scaled = (params["dim"], params["n_layers"]), params["use_scaled_rope"]
+    name = LLAMA_2.get(sizes) if params["vocab_size"] == 32000 else RELEASES.get((*sizes, scaled))
+    words = [name or f"no release's size (dim {params['dim']})", "RoPE scaling off"]
+    if scaled:
+        why = f"{name}, dim {params['dim']}" if "3.2" in (name or "") else "as in Meta's code"
+        why = params.get("rope_scaling_from", why)
+        words[1] = f"RoPE scaling {params['rope_scaling_factor']:g} ({why})"
+    K = params["n_kv_heads"]
+    if K > 8 and K % 2 == 0:  # 405B's 16 shards each hold one of 8 heads, so each head stands there twice
+        wk = torch.cat([shard["layers.0.attention.wk.weight"] for shard in shards.values()]).view(K, -1)
+        if torch.equal(wk[0::2], wk[1::2]):
+            words.append(f"{K // 2} key/value heads, each held twice")
+    return ", ".join(words)
+
+
+# ------------------------------------------------------------------------------------ Hugging Face
+
+
+def hugging_face_params(path):
+    """config.json, in either dialect (rope_scaling, or transformers 5's rope_parameters), as Meta's params."""
+    config = read_json(path)
+    expected = {
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "quantization_config": None,
+    }
+    for key, value in expected.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{path}: {key} is {config[key]!r}, which is not supported, only {value!r}")
+    names = {
+        "dim": "hidden_size",
+        "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads",
+        "n_kv_heads": "num_key_value_heads",
+        "vocab_size": "vocab_size",
+        "norm_eps": "rms_norm_eps",
+        "ffn_dim": "intermediate_size",
+        "head_dim": "head_dim",
+        "max_seq_len": "max_position_embeddings",
+    }
+    given = {ours: config[theirs] for ours, theirs in names.items() if config.get(theirs) is not None}
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{path}: the RoPE settings are {rope!r}, expected an object")
+    given["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "llama3":
+        given |= {
+            "use_scaled_rope": True,
+            "rope_scaling_from": path.name,
+            "rope_scaling_factor": rope.get("factor"),
+            "rope_low_freq_factor": rope.get("low_freq_factor"),
+            "rope_high_freq_factor": rope.get("high_freq_factor"),
+            "rope_original_context": rope.get("original_max_position_embeddings"),
+        }
+    elif kind != "default":
+        raise ValueError(
+            f"{path}: rope_type is {kind!r}, which is not supported, only 'default' and 'llama3'"
+        )
+    return check_params(given, path, names), config.get("tie_word_embeddings", False)
+
+
+def open_safetensors(path):
+    """The tensors of a .safetensors file by name, on the mapped file: nothing is read or copied yet."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except Exception as problem:  # safetensors, torch and the system each have their own
+        raise explain(path, "a safetensors file", problem) from None
+
+
+def open_hugging_face(folder):
+    params, tied = hugging_face_params(folder / "config.json")
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.is_file() and not single.is_file():
+        where = read_json(index).get("weight_map")
+        if (
+            not isinstance(where, dict)
+            or not all(isinstance(name, str) for name in where.values())
+            or not where
+        ):
+            raise ValueError(f"{index}: no weight_map from tensors to files")
+        files = sorted(set(where.values()))
+        for name in files:
+            if Path(name).name != name:
+                raise ValueError(f"{index}: it points to {name!r}, outside the folder")
+            if not (folder / name).is_file():
+                raise ValueError(
+                    f"{folder / name}: no such file, but {index.name} names it; is the download complete?"
+                )
+    else:
+        files, where = [single.name], None
+    tensors = {}
+    for name in files:
+        tensors |= {
+            key: tensor
+            for key, tensor in open_safetensors(folder / name).items()
+            if where is None or where.get(key) == name
+        }
+    for name in where or ():
+        if name not in tensors:
+            raise ValueError(
+                f"{folder / where[name]}: {name} is missing, but {index.name} says that it is here"
+            )
+    tensors = metas_names(tensors, HUGGING_FACE)
+    if tied:
+        tensors.pop("output.weight", None)
+    elif "output.weight" not in tensors:
+        raise ValueError(
+            f"{folder}: lm_head.weight is missing, and config.json does not say tie_word_embeddings"
+        )
+    words = f"Hugging Face layout, {len(files)} safetensors file{'s' * (len(files) > 1)}"
+    return (
+        params,
+        {"the safetensors files": tensors},
+        hugging_face_tokenizer(folder),
+        rows_in_pairs(params),
+        words,
+    )
+
+
+def hugging_face_tokenizer(folder):
+    """From tokenizer.model, original/tokenizer.model, or tokenizer.json alone, as many mirrors have it."""
+    for path in (folder / "tokenizer.model", folder / "original" / "tokenizer.model"):
+        if path.is_file():
+            return open_tokenizer(path)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ValueError(f"{folder}: neither tokenizer.model nor tokenizer.json is there")
+    # Byte-level BPE writes each byte as a printable letter: itself, or else the letters from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {chr(b): b for b in printable}
+    letters |= {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)}
+    try:
+        model = read_json(path)["model"]
+        ranks = {bytes(letters[letter] for letter in token): rank for token, rank in model["vocab"].items()}
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path}: not the byte-level BPE tokenizer of a Llama 3") from None
+    return make_tokenizer(ranks, path)
+
+
+# ------------------------------------------------------------------------------------ LLMs-from-scratch
+
+
+def open_rasbt(path):
+    """One of rasbt's llama3.2-*.pth: no params file, so all sizes come from the tensors."""
+    tensors = metas_names(checked_pth(path), RASBT)
+    try:
+        V, D = tensors["tok_embeddings.weight"].shape
+        K = 8  # so have all Llama 3
+        E = tensors["layers.0.attention.wk.weight"].shape[0] // K
+        given = {
+            "dim": D,
+            "vocab_size": V,
+            "n_kv_heads": K,
+            "head_dim": E,
+            "n_heads": tensors["layers.0.attention.wq.weight"].shape[0] // E,
+            "ffn_dim": tensors["layers.0.feed_forward.w1.weight"].shape[0],
+            "n_layers": 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers.")),
+            "norm_eps": 1e-5,
+            "rope_theta": 500000.0,
+            "use_scaled_rope": True,
+            "rope_scaling_factor": 32,
+            "rope_scaling_from": "LLMs-from-scratch has Llama 3.2",
+        }
+    except (KeyError, ValueError, ZeroDivisionError):
+        raise ValueError(
+            f"{path}: not one of the Llama 3.2 files of LLMs-from-scratch: a tensor is missing or misshapen"
+        ) from None
+    params, tokenizer = check_params(given, path), open_tokenizer(path.parent / "tokenizer.model")
+    return params, {path.name: tensors}, tokenizer, rows_in_pairs(params), "LLMs-from-scratch layout, 1 file"
+
+
+# ------------------------------------------------------------------------------------ Llama 2's tokenizer
+
+
+def sentencepiece_tokenizer(path):
+    """Llama 2's tokenizer.model, behind those of tiktoken's methods that the script uses."""
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError:
+        raise ValueError(
+            f"{path}: a SentencePiece tokenizer, of Llama 2; pip install sentencepiece"
+        ) from None
+    try:
+        model = SentencePieceProcessor(model_file=str(path))
+    except Exception as problem:
+        raise explain(path, "a SentencePiece tokenizer", problem) from None
+    special = {
+        "<|begin_of_text|>": model.bos_id(),
+        "<|end_of_text|>": model.eos_id(),
+        "<|eot_id|>": model.eos_id(),
+        "<|eom_id|>": model.eos_id(),
+    }
+
+    def encode_single_token(name):
+        if name not in special:
+            raise ValueError(f"{path}: Llama 2 has no token {name}; its chat format is another")
+        return special[name]
+
+    def token_bytes(token):
+        if model.is_byte(token):
+            return bytes([int(model.id_to_piece(token)[3:-1], 16)])
+        return b"" if model.is_control(token) else model.id_to_piece(token).replace("\u2581", " ").encode()
+
+    return types.SimpleNamespace(
+        n_vocab=model.vocab_size(),
+        encode_ordinary=model.encode,
+        encode_single_token=encode_single_token,
+        decode_single_token_bytes=token_bytes,
+        decode=lambda tokens: b"".join(map(token_bytes, tokens)).decode("utf-8", "replace"),
+    )
+
+
+# ------------------------------------------------------------------------------------ remote folders
+
+
+def cached_copy(url, cache_dir=None):
+    """Copies what a checkpoint needs from a remote folder into a cache folder, once; returns that folder.
+
+    url: what blobfile reads (gs://…, az://…, https://….blob.core.windows.net/…). A file is copied beside and
+    renamed when it is whole, so an interrupted copy goes on with the files that are missing. One that has
+    changed (size or modification time) is copied again.
+    """
+    root = cache_dir or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "llama3_from_scratch"
+    url = url.rstrip("/")
+    try:
+        found = sorted(blobfile.listdir(url))
+        for sub in ("original/",):
+            if sub in found or sub.rstrip("/") in found:
+                found += [f"original/{name}" for name in sorted(blobfile.listdir(f"{url}/original"))]
+        wanted = [
+            name
+            for name in found
+            if re.search(
+                r"(^|/)(consolidated\.\d+\.pth|params\.json|tokenizer\.model|tokenizer\.json|config\.json"
+                r"|model.*\.safetensors(\.index\.json)?|llama3.*\.pth)$",
+                name,
+            )
+        ]
+        if any(name.startswith("original/consolidated") for name in wanted):  # Meta's files, not both layouts
+            wanted = [name for name in wanted if name.startswith("original/")]
+        stats = {name: blobfile.stat(f"{url}/{name}") for name in wanted}
+    except Exception as problem:  # each cloud has its own
+        raise ValueError(f"{url}: cannot be read ({str(problem).splitlines()[0][:200]})") from None
+    if not wanted:
+        raise ValueError(f"{url}: no checkpoint there; it holds {', '.join(found[:5]) or 'nothing'}")
+    folder = (
+        Path(root).expanduser() / f"{url.rsplit('/', 1)[-1]}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+    )
+    total, done = sum(stat.size for stat in stats.values()), 0
+    for name, stat in stats.items():
+        target, mark = folder / name, folder / f"{name}.copied"
+        version = f"{stat.size} {stat.mtime}"
+        if not (
+            target.is_file()
+            and target.stat().st_size == stat.size
+            and mark.is_file()
+            and mark.read_text() == version
+        ):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            beside = target.with_name(target.name + ".part")
+            mark.unlink(missing_ok=True)
+            try:
+                with (
+                    blobfile.BlobFile(f"{url}/{name}", "rb", streaming=True) as source,
+                    open(beside, "wb") as copy,
+                ):
+                    while block := source.read(2**22):
+                        copy.write(block)
+                        here = done + copy.tell()
+                        bar = "#" * int(30 * here / max(1, total))
+                        print(
+                            f"\r{url} [{bar:30}] {here / 1e9:.2f} of {total / 1e9:.2f} GB",
+                            end="",
+                            file=sys.stderr,
+                        )
+                if beside.stat().st_size != stat.size:
+                    raise ValueError(f"{beside.stat().st_size} bytes came, {stat.size} were announced")
+            except Exception as problem:
+                beside.unlink(missing_ok=True)
+                print(file=sys.stderr)
+                raise ValueError(
+                    f"{url}/{name}: not copied ({str(problem).splitlines()[0][:200]}); run it again, "
+                    "and it goes on with what is missing"
+                ) from None
+            beside.replace(target)
+            mark.write_text(version)
+            print(file=sys.stderr)
+        done += stat.size
+    return folder
+
+
+# ------------------------------------------------------------------------------------ which layout is it?
+
+
+def open_tokenizer(path):
+    """tokenizer.model of Llama 3 (lines of base64 and rank) or of Llama 2 (SentencePiece)."""
+    try:
+        content = path.read_bytes()
+    except OSError as problem:
+        raise explain(path, "the tokenizer that comes with the weights", problem) from None
+    if b"<unk>" in content[:64]:
+        return sentencepiece_tokenizer(path)
+    try:
+        return load_tokenizer(path)
+    except ValueError as problem:
+        raise explain(path, "lines of base64 and rank", str(problem).removeprefix(f"{path}: ")) from None
+
+
+def checked_pth(path):
+    """open_pth, with a better word on what is wrong."""
+    try:
+        return open_pth(path)
+    except ValueError as problem:
+        raise explain(path, "a PyTorch checkpoint", str(problem).removeprefix(f"{path}: ")) from None
+
+
+def open_meta(folder):
+    """A folder in Meta's layout."""
+    paths = sorted(folder.glob("consolidated.*.pth"))
+    for n in range(len(paths) or 1):
+        if not (folder / f"consolidated.{n:02}.pth").exists():
+            raise ValueError(
+                f"{folder}: consolidated.{n:02}.pth is missing, {len(paths)} others are there; is the "
+                "download complete?"
+            )
+    given, tokenizer = read_json(folder / "params.json"), open_tokenizer(folder / "tokenizer.model")
+    if given.get("vocab_size") == -1:  # Llama 2 leaves it to the tokenizer
+        given["vocab_size"] = tokenizer.n_vocab
+    if given.get("rope_scaling_factor") is not None:
+        given["rope_scaling_from"] = "params.json"
+    shards = {path.name: checked_pth(path) for path in paths}
+    words = f"Meta layout, {len(paths)} shard{'s' * (len(paths) > 1)}"
+    return check_params(given, folder / "params.json"), shards, tokenizer, None, words
+
+
+def find_layouts(path):
+    """What is in a folder: a dict from the name of a layout to what opens it."""
+    layouts = {}
+    for folder, name in ((path, "Meta's layout"), (path / "original", "Meta's layout in original/")):
+        if any(folder.glob("consolidated.*.pth")) or (folder / "params.json").exists():
+            layouts[name] = lambda folder=folder: open_meta(folder)
+    if (path / "config.json").exists() or any(path.glob("model*.safetensors*")):
+        layouts["Hugging Face's layout"] = lambda: open_hugging_face(path)
+    for file in sorted(path.glob("*.pth")):
+        if not file.name.startswith("consolidated."):
+            layouts[file.name] = lambda file=file: open_rasbt(file)
+    return layouts
+
+
+def open_checkpoint(
+    path,
+    device="cpu",
+    dtype=None,
+    n_layers=None,
+    rope_scaling_factor=None,
+    cache_dir=None,
+    positions=None,
+    force=False,
+):
+    """Opens what a user points at: a folder in any layout, one file of it, a remote folder. Reads headers only.
+
+    positions(tokenizer) says how many the cache will hold; if it and the weights take more memory than is
+    free, ValueError, unless force. Returns params, shards (by file name: tensors by Meta's name), tokenizer, what
+    `load_weights` is to do to each whole tensor (or None), and words for the report.
+    """
+    local = Path(cached_copy(str(path), cache_dir) if "://" in str(path) else path).expanduser()
+    if local.is_file() and local.suffix == ".pth" and not local.name.startswith("consolidated."):
+        layouts = {local.name: lambda: open_rasbt(local)}
+    else:
+        folder = local.parent if local.is_file() else local
+        if not folder.is_dir():
+            raise ValueError(f"{path}: no such file or folder")
+        layouts = find_layouts(folder)
+        if not layouts:
+            held = sorted(file.name for file in folder.iterdir())
+            held = ", ".join(held[:5]) + " …" * (len(held) > 5) or "nothing"
+            raise ValueError(
+                f"{path}: no checkpoint there: no params.json with consolidated.00.pth, no config.json "
+                f"with model.safetensors, no llama3.2-….pth; it holds {held}"
+            )
+    taken, *others = layouts
+    params, shards, tokenizer, convert, words = layouts[taken]()
+    if others:
+        words += f" (there is also {', '.join(others)})"
+    if rope_scaling_factor:
+        params |= {"rope_scaling_factor": rope_scaling_factor, "rope_scaling_from": "--rope-scaling-factor"}
+    if tokenizer.n_vocab != params["vocab_size"]:
+        raise ValueError(
+            f"{path}: the tokenizer has {tokenizer.n_vocab} tokens, but vocab_size is "
+            f"{params['vocab_size']}; they are of different models"
+        )
+    check_shapes(shards, params)
+    check_tensors(shards)
+    if not force:
+        run = params | {"n_layers": min(n_layers or params["n_layers"], params["n_layers"])}
+        check_memory(
+            run | {"all_layers": params["n_layers"]},
+            shards,
+            device,
+            dtype,
+            positions(tokenizer) if positions else 0,
+        )
+    return params, shards, tokenizer, convert, f"{words}, {understood(params, shards)}"
