@@ -517,7 +517,7 @@ def load_model(path, device="cpu", dtype=None, n_layers=None, **door):
         from weights.layouts import open_checkpoint
     except ImportError:  # this file was copied out alone
         params, shards, tokenizer, convert = open_meta(Path(path).expanduser())
-        words = "Meta layout"
+        words = f"Meta layout, {len(shards)} shards, RoPE scaling {params['rope_scaling_factor']}"
     else:
         params, shards, tokenizer, convert, words = open_checkpoint(path, device, dtype, n_layers, **door)
     of = params["n_layers"]

@@ -33,7 +33,8 @@ def test_the_first_command_anyone_runs():
     assert len(result.stdout.split()) > 40 and result.stdout.endswith("\n")
     lines = result.stderr.splitlines()
     assert re.fullmatch(
-        r".*weights/tiny: Meta layout, 1 shard, no release's size \(dim 256\), RoPE scaling 8 \(as in Meta's code\), "
+        r".*weights/tiny: Meta layout, 1 shard, no release's size \(dim 256\), "
+        r"RoPE scaling 8 \(as in Meta's code\), "
         r"4 of 4 layers, 3.5 M parameters, bfloat16, head not tied, 0.00695 GB on cpu, \d+\.\d s",
         lines[0],
     )

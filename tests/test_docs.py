@@ -1,6 +1,7 @@
 """What the README and the script's head say is what is there; and the script keeps to its own rules."""
 
 import ast
+import json
 import re
 import shlex
 import subprocess
@@ -68,14 +69,22 @@ def test_links_lead_somewhere():
 
 
 def test_pasted_output_is_what_a_run_prints(script):
-    pasted = re.search(r"```\n(weights/tiny: Meta.*?)```", README, re.S)[1]
+    pasted = re.search(r"```\n(/home/you/llama3_from_scratch/weights/tiny: Meta.*?)```", README, re.S)[1]
     result = script("Once upon a time", "--weights", "weights/tiny")
 
     def steady(text):
         return re.sub(r"[\d.]+( tok/s| s\b| GB;|\sGB$)", r"#\1", text).split()
 
+    pasted = pasted.replace("/home/you/llama3_from_scratch/weights", "weights")
     shown = result.stderr.splitlines(keepends=True)
     assert steady(pasted) == steady("".join(shown[:-1]) + "Once upon a time" + result.stdout + shown[-1])
+
+
+def test_launch_json_is_json():
+    (block,) = re.findall(r"^```json\n(.*?)^```", README, re.M | re.S)
+    program = json.loads(block)["configurations"][0]
+    assert program["program"].endswith("/llama3_from_scratch.py")
+    llama.parse_arguments(program["args"])
 
 
 def python_blocks():

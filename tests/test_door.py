@@ -7,16 +7,17 @@ import pickle
 import re
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, SMALL, full_params, relative_error, some_tokens
+from random_checkpoint import made_up_tokenizer, random_weights, write_checkpoint
 from references import hugging_face_model, metas_reference, to_halves
 from safetensors.torch import load_file, save_file
 
 import llama3_from_scratch as llama
-from random_checkpoint import made_up_tokenizer, random_weights, write_checkpoint
 from weights import layouts
 
 # ------------------------------------------------------------------------------------ Hugging Face
@@ -182,7 +183,7 @@ def test_rasbts_own_classes(model, tmp_path):
     assert "llama3.2-1B-instruct.pth" in reported(tmp_path)
 
 
-# ------------------------------------------------------------------------------------ Meta's, and where it lies
+# ------------------------------------------------------------------------------------ Meta's layout
 
 
 def reported(path, **options):
@@ -237,7 +238,7 @@ def test_the_script_copied_out_alone_still_reads_metas_layout(checkpoint, tmp_pa
         "3",
     ]
     run = subprocess.run(command, cwd=tmp_path / "alone", capture_output=True, text=True, env={"PATH": ""})
-    assert run.returncode == 0 and "Meta layout, 3 of 3 layers" in run.stderr, run.stderr
+    assert run.returncode == 0 and "Meta layout, 2 shards, RoPE scaling 8, 3 of 3 layers" in run.stderr, run.stderr
     (folder / "consolidated.00.pth").unlink()
     run = subprocess.run(command, cwd=tmp_path / "alone", capture_output=True, text=True, env={"PATH": ""})
     assert run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
@@ -286,7 +287,7 @@ def test_405b_with_duplicated_heads(tmp_path):
 
 
 def test_llama_2(tmp_path):
-    """No rope_theta, no n_kv_heads, vocab_size -1, embeddings cut on dim 1, rope.freqs, a SentencePiece tokenizer."""
+    """No rope_theta, no n_kv_heads, vocab_size -1, embeddings cut on dim 1, rope.freqs, SentencePiece."""
     import sentencepiece
 
     given = {"dim": 64, "n_layers": 2, "n_heads": 4, "multiple_of": 32, "norm_eps": 1e-05, "vocab_size": -1}
@@ -345,7 +346,7 @@ def test_llama_2_without_sentencepiece_says_so(tmp_path, monkeypatch):
 
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
-    """gs://bucket/… is the folder tmp_path/bucket/…, for as much of blobfile as is used. Counts what is copied."""
+    """gs://bucket/… is the folder tmp_path/bucket/…, for what is used of blobfile. Lists what is copied."""
     blobfile, copied = layouts.blobfile, []
     real = blobfile.listdir, blobfile.stat, blobfile.BlobFile
 
@@ -443,6 +444,16 @@ def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def make_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def quantized(w):
+    with warnings.catch_warnings(action="ignore"):  # torch is about to give these up
+        return torch.quantize_per_tensor(w.float(), 1.0, 0, torch.qint8)
+
+
 def params_with(**changes):
     return lambda d: (d / "params.json").write_text(json.dumps({**SMALL, **changes}))
 
@@ -463,7 +474,7 @@ def without(key):
 WK = "layers.1.attention.wk.weight"
 META_DAMAGE = {
     "no params": (lambda d: (d / "params.json").unlink(), "params.json: no such file"),
-    "params a folder": (lambda d: ((d / "params.json").unlink(), (d / "params.json").mkdir()), "found a folder"),
+    "params a folder": (lambda d: make_folder(d / "params.json"), "found a folder"),
     "params cut": (lambda d: cut(d / "params.json"), "params.json: expected a JSON object"),
     "params empty": (lambda d: (d / "params.json").write_text(""), "an empty file"),
     "params a list": (lambda d: (d / "params.json").write_text("[1]"), "found a list"),
@@ -490,19 +501,18 @@ META_DAMAGE = {
     "weights html": (lambda d: (d / "consolidated.00.pth").write_bytes(b"<!DOCTYPE html>"), "a web page"),
     "weights lfs": (lambda d: (d / "consolidated.00.pth").write_bytes(LFS), "a Git LFS pointer"),
     "weights cut": (lambda d: cut(d / "consolidated.00.pth"), "damaged or cut short"),
-    "weights a folder": (lambda d: ((d / "consolidated.00.pth").unlink(), (d / "consolidated.00.pth").mkdir()),
-                         "found a folder"),
+    "weights a folder": (lambda d: make_folder(d / "consolidated.00.pth"), "found a folder"),
     "pickle": (lambda d: (d / "consolidated.00.pth").write_bytes(pickle.dumps({"a": RunsCode()})), "damaged"),
     "torch pickle": (lambda d: torch.save({"a": RunsCode()}, d / "consolidated.00.pth"), "damaged"),
-    "a list": (lambda d: torch.save([torch.ones(2)], d / "consolidated.00.pth"), "expected a dict of tensors"),
+    "a list": (lambda d: torch.save([torch.ones(2)], d / "consolidated.00.pth"), "expected a dict"),
     "no tensor": (tensors(lambda s: s.update(step=3)), "expected a dict of tensors"),
+    "sparse head": (tensors(lambda s: s.update({"output.weight": s[WK].float().to_sparse()})), "output.weight is"),
     "sparse": (tensors(lambda s: s.update({WK: s[WK].float().to_sparse()})), f"{WK} is float32, sparse_coo"),
     "int8": (tensors(lambda s: s.update({WK: s[WK].to(torch.int8)})), f"{WK} is int8"),
     "float64": (tensors(lambda s: s.update({WK: s[WK].double()})), f"{WK} is float64"),
     "meta": (tensors(lambda s: s.update({WK: s[WK].to("meta")})), f"{WK} is bfloat16, strided, on meta"),
-    "quantized tensor": (tensors(lambda s: s.update({WK: torch.quantize_per_tensor(s[WK].float(), 1.0, 0, torch.qint8)})),
-                         "consolidated.00.pth"),
-    "missing": (tensors(lambda s: s.pop(WK)), f"{WK}: expected shape (16, 64) for 1 of 1 shards, found no such tensor"),
+    "quantized tensor": (tensors(lambda s: s.update({WK: quantized(s[WK])})), "consolidated.00.pth"),
+    "missing": (tensors(lambda s: s.pop(WK)), f"{WK}: expected shape (16, 64) for 1 of 1 shards, found no"),
     "extra": (tensors(lambda s: s.update({"layers.0.attention.wq.bias": s["norm.weight"]})), "wq.bias"),
     "a layer more": (tensors(lambda s: s.update({"layers.3.ffn_norm.weight": s["norm.weight"]})), "layers.3"),
     "misshapen": (tensors(lambda s: s.update({WK: s[WK].T.contiguous()})), "expected shape (16, 64)"),
@@ -576,6 +586,11 @@ def index_with(change):
     return spoil
 
 
+def other_tokenizer_json(d):
+    (d / "tokenizer.model").unlink()
+    (d / "tokenizer.json").write_text('{"model": 3}')
+
+
 def file_of(d):
     return sorted(d.glob("model-*.safetensors"))[0]
 
@@ -603,8 +618,8 @@ HF_DAMAGE = {
     "rope text": (config_with(rope_parameters="x"), "the RoPE settings are 'x'"),
     "size": (config_with(hidden_size="64"), "hidden_size is '64'"),
     "no layers": (config_with(num_hidden_layers=None), "num_hidden_layers is missing"),
-    "outside": (index_with(lambda m: m.update({"lm_head.weight": "../../x"})), "points to '../../x', outside"),
-    "absent": (index_with(lambda m: m.update({"lm_head.weight": "absent.safetensors"})), "absent.safetensors: no such"),
+    "outside": (index_with(lambda m: m.update({"lm_head.weight": "../../x"})), "points to '../../x'"),
+    "absent": (index_with(lambda m: m.update({"lm_head.weight": "away"})), "away: no such file"),
     "index": (lambda d: (d / "model.safetensors.index.json").write_text("{}"), "no weight_map"),
     "empty": (lambda d: file_of(d).write_bytes(b""), "an empty file"),
     "html": (lambda d: file_of(d).write_bytes(b"<html>"), "a web page"),
@@ -612,9 +627,9 @@ HF_DAMAGE = {
     "cut": (lambda d: cut(file_of(d)), "expected a safetensors file"),
     "header": (lying_header, "expected a safetensors file"),
     "lost": (lose_a_tensor, "is missing, but model.safetensors.index.json says"),
-    "no tokenizer": (lambda d: (d / "tokenizer.model").unlink(), "neither tokenizer.model nor tokenizer.json"),
-    "tokenizer.json": (lambda d: ((d / "tokenizer.model").unlink(), (d / "tokenizer.json").write_text('{"model": 3}')),
-                       "not the byte-level BPE tokenizer"),
+    "no tokenizer": (lambda d: (d / "tokenizer.model").unlink(), "neither tokenizer.model nor tokenizer"),
+    "tokenizer.json": (lambda d: (d / "tokenizer.model").replace(d / "tokenizer.json"), "a JSON object"),
+    "tokenizer.json of what": (other_tokenizer_json, "not the byte-level BPE tokenizer"),
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import blobfile
@@ -65,7 +66,7 @@ def metas_names(tensors, dialect):
 
 
 def rows_in_pairs(params):
-    """A function (name, tensor) -> tensor that brings rows of wq and wk from two halves to neighbouring pairs.
+    """A function (name, tensor) -> tensor: brings rows of wq and wk from two halves to neighbouring pairs.
 
     Hugging Face and rasbt rotate the first half of a head against the second, Meta each number against its
     neighbour; only these two matrices differ (transformers, convert_llama_weights_to_hf.py).
@@ -244,7 +245,7 @@ def understood(params, shards):
 
 
 def hugging_face_params(path):
-    """config.json, in either dialect (rope_scaling, or transformers 5's rope_parameters), as Meta's params."""
+    """config.json in either dialect (rope_scaling, or transformers 5's rope_parameters) as Meta's params."""
     config = read_json(path)
     expected = {
         "model_type": "llama",
@@ -540,7 +541,9 @@ def open_tokenizer(path):
 def checked_pth(path):
     """open_pth, with a better word on what is wrong."""
     try:
-        return open_pth(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an error is one line, and torch has more to say of odd files
+            return open_pth(path)
     except ValueError as problem:
         raise explain(path, "a PyTorch checkpoint", str(problem).removeprefix(f"{path}: ")) from None
 
@@ -588,11 +591,11 @@ def open_checkpoint(
     positions=None,
     force=False,
 ):
-    """Opens what a user points at: a folder in any layout, one file of it, a remote folder. Reads headers only.
+    """Opens what a user points at: a folder in any layout, one file of it, a remote folder. Reads headers.
 
     positions(tokenizer) says how many the cache will hold; if it and the weights take more memory than is
-    free, ValueError, unless force. Returns params, shards (by file name: tensors by Meta's name), tokenizer, what
-    `load_weights` is to do to each whole tensor (or None), and words for the report.
+    free, ValueError, unless force. Returns params, shards (by file name: tensors by Meta's name), tokenizer,
+    what `load_weights` is to do to each whole tensor (or None), and words for the report.
     """
     local = Path(cached_copy(str(path), cache_dir) if "://" in str(path) else path).expanduser()
     if local.is_file() and local.suffix == ".pth" and not local.name.startswith("consolidated."):
@@ -620,8 +623,8 @@ def open_checkpoint(
             f"{path}: the tokenizer has {tokenizer.n_vocab} tokens, but vocab_size is "
             f"{params['vocab_size']}; they are of different models"
         )
-    check_shapes(shards, params)
     check_tensors(shards)
+    check_shapes(shards, params)
     if not force:
         run = params | {"n_layers": min(n_layers or params["n_layers"], params["n_layers"])}
         check_memory(

@@ -1,0 +1,347 @@
+"""weights/download.py against a small hub on loopback: what it fetches, resumes, checks and refuses."""
+
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, SMALL
+from fake_hub import fake_hub
+from random_checkpoint import random_checkpoint
+
+META, RASBT = "meta-llama/Llama-3.2-1B", "rasbt/llama-3.2-from-scratch"
+# huggingface_hub writes blocks of 10 MiB, so a file has to be larger for a part of it to be kept: 21 MB
+LARGE = SMALL | {"dim": 512, "n_kv_heads": 8}
+CUT = 12_000_000
+
+
+def files_of(folder, prefix="original/"):
+    return {prefix + path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def rasbts_files(folder, params):
+    """A random checkpoint in rasbt's names and order of rows, twice, and its tokenizer."""
+    from weights.layouts import META, NAMES, RASBT
+
+    random_checkpoint(folder, params | {"n_kv_heads": 8}, tied=True)
+    weights, renamed = torch.load(folder / "consolidated.00.pth"), {}
+    for name, w in weights.items():
+        number = name.split(".")[1] if name.startswith("layers.") else ""
+        pattern = name.removesuffix(".weight").replace(f".{number}.", ".{}.") if number else name[:-7]
+        (theirs,) = (names[RASBT] for names in NAMES if names[META] == pattern)
+        renamed[f"{theirs.format(number)}.weight"] = w
+    torch.save(renamed, folder / "all.pth")
+    content = (folder / "all.pth").read_bytes()
+    tokenizer = (folder / "tokenizer.model").read_bytes()
+    return {
+        "llama3.2-1B-base.pth": content,
+        "llama3.2-3B-instruct.pth": content,
+        "tokenizer.model": tokenizer,
+    }
+
+
+@pytest.fixture(scope="module")
+def repos(tmp_path_factory):
+    """What the hub holds: small and random, under the names of the real ones."""
+    make = tmp_path_factory.mktemp("repos")
+    others = {"config.json": b"{}", "model.safetensors": b"x" * 9999, "original/mp2/params.json": b"{}"}
+    broken = files_of(random_checkpoint(make / "broken", SMALL))
+    shard = torch.load(make / "broken" / "consolidated.00.pth")
+    shard["layers.1.attention.wk.weight"] = torch.ones(3, 4)
+    torch.save(shard, make / "broken" / "consolidated.00.pth")
+    broken["original/consolidated.00.pth"] = (make / "broken" / "consolidated.00.pth").read_bytes()
+    return {
+        META: files_of(random_checkpoint(make / "large", LARGE)) | others,
+        RASBT: rasbts_files(make / "rasbt", SMALL) | {"README.md": b"hello"},
+        "meta-llama/Llama-3.1-70B-Instruct": files_of(random_checkpoint(make / "sharded", SMALL, 2)) | others,
+        "meta-llama/Llama-3.1-8B-Instruct": files_of(random_checkpoint(make / "small", SMALL)),
+        "meta-llama/Llama-3.2-3B": broken,
+        "meta-llama/Llama-3.1-8B": {"README.md": b"moved"},
+    }
+
+
+@pytest.fixture
+def hub(repos):
+    with fake_hub(repos, gated={"meta-llama/Llama-3.1-70B-Instruct"}) as running:
+        yield running
+
+
+@pytest.fixture
+def start(tmp_path, request):
+    """start(*arguments, url=…, before=…, **environment) -> a running download.py, ended with the test.
+
+    before: Python to run first. environment: all it has, so no token and no cache of the machine's user.
+    """
+    started = []
+
+    def begin(*arguments, url=None, before="", **environment):
+        url = url or request.getfixturevalue("hub").url
+        home = {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": url}
+        script = [str(ROOT / "weights" / "download.py")]
+        if before:
+            run = f"import sys; sys.path.insert(0, {str(ROOT / 'weights')!r}); {before}; import download"
+            script = ["-c", f"{run}; sys.exit(download.main())"]
+        started.append(
+            subprocess.Popen(
+                [sys.executable, *script, *map(str, arguments)],
+                cwd=ROOT,
+                env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", **home, **environment},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def download(start):
+    """download(…, as start's) -> CompletedProcess, once it has ended."""
+
+    def run(*arguments, **options):
+        process = start(*arguments, **options)
+        out, err = process.communicate(timeout=50)
+        assert "Traceback" not in err, err
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    return run
+
+
+def closed_port():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{unused.getsockname()[1]}"
+
+
+def refused(result, *says):
+    """Exit code 2, nothing on stdout, and one line of error (after what was reported) that says all this."""
+    lines = result.stderr.splitlines()
+    assert (result.returncode, result.stdout) == (2, "") and lines[-1].startswith("error: "), result
+    assert result.stderr.count("error: ") == 1
+    for words in says:
+        assert words in lines[-1], result.stderr
+    return lines
+
+
+def content_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "source.txt"}
+
+
+def originals(repo):
+    return {path.split("/")[1]: content for path, content in repo.items() if path.count("/") == 1}
+
+
+def ranges(hub, name="consolidated.00.pth"):
+    """Where each GET of a large file began."""
+    return [
+        int(span.removeprefix("bytes=").removesuffix("-")) if span else 0
+        for method, path, span in hub.requests
+        if method == "GET" and path.startswith("/large") and path.endswith(name)
+    ]
+
+
+def runs(script, result):
+    """The printed command runs the model."""
+    python, file, *arguments = shlex.split(result.stdout)
+    assert (python, file) == ("python", "llama3_from_scratch.py") and arguments[0] == "Hello"
+    assert script(*arguments, "--max-new-tokens", 2, "--show", "none").returncode == 0
+    return arguments
+
+
+def test_meta_sharded_with_a_token(hub, download, script, tmp_path):
+    name, folder = "Llama-3.1-70B-Instruct", tmp_path / "with a space"
+    result = download(name, "--to", folder, HF_TOKEN="hf_right")
+    assert result.returncode == 0, result.stderr
+    assert content_of(folder) == originals(hub.repos[f"meta-llama/{name}"])
+    assert "2 shards" in result.stderr
+    assert runs(script, result) == ["Hello", "--weights", str(folder), "--chat"]
+    asked = {path for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path}
+    assert all("/original/" in path and "mp2" not in path for path in asked)
+
+    del hub.requests[:]
+    again = download(name, "--to", folder, HF_TOKEN="hf_right")
+    assert (again.returncode, again.stdout) == (0, result.stdout)
+    assert "4 of 4 files are there already" in again.stderr
+    assert not [path for method, path, _ in hub.requests if method == "GET" and "/resolve/" in path]
+
+    # Another model's files have the same names, and can have the same sizes.
+    refused(download("Llama-3.2-1B", "--to", folder), str(folder), "something else")
+    assert content_of(folder) == originals(hub.repos[f"meta-llama/{name}"])
+
+
+def test_rasbts_one_file_and_tokenizer(hub, download, script, tmp_path):
+    folder = tmp_path / "new" / "folder"
+    result = download("llama3.2-1b-base", "--to", folder)  # as on the hub, or in small letters
+    assert result.returncode == 0, result.stderr
+    files = hub.repos[RASBT]
+    assert content_of(folder) == {name: files[name] for name in ("llama3.2-1B-base.pth", "tokenizer.model")}
+    assert "LLMs-from-scratch" in result.stderr
+    assert runs(script, result) == ["Hello", "--weights", str(folder)]
+    assert not [path for _, path, _ in hub.requests if path.endswith(("3B-instruct.pth", "README.md"))]
+
+
+@pytest.mark.parametrize(
+    "token, says",
+    [({}, "401: Please log in"), ({"HF_TOKEN": "hf_other"}, "403: Access to this model is restricted")],
+)
+def test_no_access(hub, download, tmp_path, token, says):
+    result = download("Llama-3.1-70B-Instruct", "--to", tmp_path / "to", **token)
+    page = "https://huggingface.co/meta-llama/Llama-3.1-70B-Instruct"
+    assert len(refused(result, says, page, "hf auth login", "HF_TOKEN")) == 1
+    assert not (tmp_path / "to").exists()
+
+
+def test_a_broken_connection_is_resumed_in_the_same_run(hub, download, tmp_path):
+    hub.faults["original/consolidated.00.pth"] = [("cut", CUT)]
+    result = download("Llama-3.2-1B", "--to", tmp_path / "to")
+    assert result.returncode == 0, result.stderr
+    first, second = ranges(hub)
+    assert first == 0 < second <= CUT
+    assert content_of(tmp_path / "to") == originals(hub.repos[META])
+
+
+def test_a_run_goes_on_where_the_last_one_broke_off(hub, download, tmp_path):
+    folder = tmp_path / "to"
+    hub.faults["original/consolidated.00.pth"] = [("cut", CUT), ("fail", 500)]
+    refused(download("Llama-3.2-1B", "--to", folder), META, "500 Internal Server Error", "goes on")
+    assert not (folder / "consolidated.00.pth").exists()
+    (part,) = folder.glob("*.part")
+    size = part.stat().st_size
+    assert 0 < size <= CUT
+
+    del hub.requests[:]
+    result = download("Llama-3.2-1B", "--to", folder)
+    assert result.returncode == 0, result.stderr
+    assert ranges(hub) == [size]
+    assert content_of(folder) == originals(hub.repos[META])
+
+
+def test_ctrl_c_and_again(hub, start, download, tmp_path):
+    hub.faults["original/consolidated.00.pth"] = [("hang", CUT)]
+    process, deadline = start("Llama-3.2-1B", "--to", tmp_path / "to"), time.monotonic() + 40
+    while not any(part.stat().st_size for part in (tmp_path / "to").glob("consolidated*.part")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (130, "") and "Traceback" not in err and "error" not in err
+    assert err.splitlines()[-1] == "stopped; the same command goes on from here"
+
+    result = download("Llama-3.2-1B", "--to", tmp_path / "to")
+    assert result.returncode == 0, result.stderr
+    assert ranges(hub)[0] == 0 < ranges(hub)[1] <= CUT
+    assert content_of(tmp_path / "to") == originals(hub.repos[META])
+
+
+@pytest.mark.parametrize("name, at", [("consolidated.00.pth", 5000), ("params.json", 10)])
+def test_damage_on_the_way_is_found(hub, download, tmp_path, name, at):
+    """By sha256, or by git's hash if the file is small: the size is right."""
+    hub.faults[f"original/{name}"] = [("spoil", at)]
+    result = download("Llama-3.1-8B-Instruct", "--to", tmp_path / "to")
+    refused(result, f"original/{name} was damaged on the way")
+    assert not list((tmp_path / "to").glob(f"{name}*"))
+
+
+def test_files_that_cannot_be_used(hub, download, tmp_path):
+    result = download("Llama-3.2-3B", "--to", tmp_path / "to")
+    refused(result, str(tmp_path / "to"), "layers.1.attention.wk.weight", "(16, 64)", "(3, 4)")
+
+
+def test_no_network(download, tmp_path):
+    url = closed_port()
+    lines = refused(download("Llama-3.2-1B", "--to", tmp_path / "to", url=url), META, "cannot be reached")
+    assert len(lines) == 1 and not (tmp_path / "to").exists()
+
+
+def test_a_page_instead_of_a_hub(hub, download, tmp_path):
+    hub.page = b"<html>Please log in to this network</html>"
+    assert len(refused(download("Llama-3.2-1B", "--to", tmp_path / "to"), META, "HF_ENDPOINT")) == 1
+
+
+def test_files_that_are_gone(download, tmp_path):
+    refused(
+        download("Llama-3.1-8B", "--to", tmp_path / "to"), "meta-llama/Llama-3.1-8B", "not there any more"
+    )
+
+
+def test_a_repository_that_is_gone(download, tmp_path):
+    refused(download("Llama-3.2-3B-Instruct", "--to", tmp_path / "to"), "huggingface.co/meta-llama", "401")
+
+
+def test_no_space(hub, download, tmp_path):
+    full = "import shutil, types; shutil.disk_usage = lambda path: types.SimpleNamespace(free=20_000_000)"
+    lines = refused(download("Llama-3.2-1B", "--to", tmp_path / "to", before=full), "0.0 GB are free", "--to")
+    assert len(lines) == 1 and not (tmp_path / "to").exists() and ranges(hub) == []
+
+
+def test_list(download):
+    result = download("--list", url=closed_port())
+    head, *lines = result.stdout.splitlines()
+    assert (result.returncode, result.stderr) == (0, "") and head.split() == ["NAME", "GB", "access"]
+    rows = {line.split()[0]: line for line in lines}
+    sizes = {"1B": "2.5", "3B": "6.4", "8B": "16.1", "70B": "141"}
+    for release, kinds, shapes in (
+        ("llama3.2", ("-base", "-instruct"), ("1B", "3B")),
+        ("Llama-3.2", ("", "-Instruct"), ("1B", "3B")),
+        ("Llama-3.1", ("", "-Instruct"), ("8B", "70B")),
+        ("Llama-3.3", ("-Instruct",), ("70B",)),
+    ):
+        for shape, kind in ((shape, kind) for shape in shapes for kind in kinds):
+            row = rows.pop(f"{release}-{shape}{kind}")
+            access = f"open ({RASBT})"
+            if release != "llama3.2":
+                access = f"ask Meta on https://huggingface.co/meta-llama/{release}-{shape}{kind}"
+            assert row.split(None, 2)[1:] == [sizes[shape], access]
+    assert not rows
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (
+            ["llama-3.2-1b-instrct"],
+            "is it Llama-3.2-1B-Instruct, llama3.2-1B-instruct, Llama-3.2-3B-Instruct?",
+        ),
+        (["lama-3.3-70B-instruct"], "Llama-3.3-70B-Instruct"),
+        (["mistral"], "--list"),
+        ([], "--list"),
+        (["Llama-3.2-1B", "--too", "x"], "--too"),
+        (["Llama-3.2-1B", "--to", ROOT / "weights"], "something else"),
+        (["Llama-3.2-1B", "--to", ROOT / "LICENSE"], "LICENSE"),
+    ],
+)
+def test_what_the_user_mistypes(capfd, arguments, says):
+    import download
+
+    assert download.main([*map(str, arguments)]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and says in err
+
+
+def test_without_huggingface_hub(download, tmp_path):
+    missing = "sys.modules['huggingface_hub'] = None"
+    result = download("Llama-3.2-1B", "--to", tmp_path / "to", before=missing)
+    assert len(refused(result, "huggingface_hub", "pip install -U huggingface_hub")) == 1
+
+
+def test_the_default_folder_is_one_that_git_ignores():
+    import download
+
+    assert download.short(ROOT / "weights" / "Llama-3.2-1B").parts[-2:] == ("weights", "Llama-3.2-1B")
+    ignored = subprocess.run(
+        ["git", "check-ignore", *(f"weights/{name}/consolidated.00.pth" for name in download.MODELS)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert len(ignored.stdout.split()) == len(download.MODELS)

@@ -1,0 +1,150 @@
+"""Damaged files by the thousand: each ends in the right logits or in one clean error, never otherwise.
+
+pytest tests/test_fuzz.py                      2,000 mutations, always the same ones
+FUZZ=20000 pytest -s tests/test_fuzz.py        a longer run, new ones each time
+"""
+
+import collections
+import json
+import os
+import resource
+import shutil
+import warnings
+
+import pytest
+import torch
+from conftest import SMALL
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from random_checkpoint import random_checkpoint
+from references import float64_loop
+from safetensors.torch import load_file
+
+import llama3_from_scratch as llama
+from weights import layouts
+
+EXAMPLES = int(os.environ.get("FUZZ", 2000))
+TINY = SMALL | {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 512, "multiple_of": 8}
+
+place = st.floats(0, 1, exclude_max=True)  # where in a file, as a fraction of its size
+mutations = st.one_of(
+    st.tuples(st.just("flip"), st.lists(st.tuples(place, st.integers(1, 255)), min_size=1, max_size=4)),
+    st.tuples(
+        st.just("set"),
+        st.lists(st.tuples(place, st.sampled_from(b'\0\xff0123456789-."{}[], \n')), min_size=1, max_size=3),
+    ),
+    st.tuples(st.just("cut"), place),
+    st.tuples(st.just("remove"), place, st.integers(1, 64)),
+    st.tuples(st.just("repeat"), place, st.integers(1, 64)),
+    st.tuples(st.just("zero"), place, st.integers(1, 4096)),
+    st.tuples(st.just("swap"), st.integers(0, 9)),
+)
+
+
+def mutate(data, mutation, others):
+    """The bytes of a file after one mutation; others: what it may be swapped with."""
+    kind, *how = mutation
+    data, at = bytearray(data), lambda fraction: int(fraction * len(data))
+    if kind in ("flip", "set"):
+        for fraction, value in how[0]:
+            data[at(fraction)] = data[at(fraction)] ^ value if kind == "flip" else value
+    elif kind == "cut":
+        del data[at(how[0]) :]
+    elif kind == "remove":
+        del data[at(how[0]) : at(how[0]) + how[1]]
+    elif kind == "repeat":
+        data[at(how[0]) : at(how[0])] = data[at(how[0]) : at(how[0]) + how[1]]
+    elif kind == "zero":
+        end = min(len(data), at(how[0]) + how[1])
+        data[at(how[0]) : end] = bytes(end - at(how[0]))
+    else:
+        return others[how[0] % len(others)]
+    return bytes(data)
+
+
+def meta_folder(folder):
+    random_checkpoint(folder, TINY, shards=2, dtype=torch.float32, seed=1)
+
+
+def hugging_face_folder(folder):
+    from test_door import save_pretrained
+
+    params = llama.fill_params(TINY)
+    weights = llama.load_model(random_checkpoint(folder.with_name("meta"), TINY, dtype=torch.float32))[0]
+    save_pretrained(folder, weights, params, shard_size="20KB")
+
+
+def independent_logits(folder, tokens):
+    """What the damaged files still say, joined here and computed by the float64 loop.
+
+    A number that was changed into another number is not damage that can be seen: then this is what is right.
+    """
+    if (folder / "params.json").exists():
+        given = json.loads((folder / "params.json").read_text())
+        files = [folder / f"consolidated.{n:02}.pth" for n in range(2)]
+        shards = [torch.load(file, weights_only=True, mmap=True) for file in files]
+        weights = {}
+        for name, first in shards[0].items():
+            dim = 1 if name.endswith(("wo.weight", "w2.weight")) else 0
+            weights[name] = first if first.dim() == 1 else torch.cat([first, shards[1][name]], dim)
+        return float64_loop(tokens, weights, llama.fill_params(given))["logits"]
+    params, tied = layouts.hugging_face_params(folder / "config.json")
+    weights = {}
+    for file in folder.glob("*.safetensors"):
+        weights |= load_file(file)
+    convert = layouts.rows_in_pairs(params)
+    weights = layouts.metas_names(weights, layouts.HUGGING_FACE)
+    return float64_loop(tokens, {name: convert(name, w) for name, w in weights.items()}, params)["logits"]
+
+
+def attempt(folder, tokens):
+    """Loads and runs a folder. Returns "error" for a clean one-line error, "right" for right logits."""
+    try:
+        weights, params, tokenizer = llama.load_model(folder)
+        assert isinstance(llama.encode(tokenizer, "Hello 🦙, 1234  world\n"), list)
+        logits = llama.forward(tokens, weights, params)
+    except ValueError as problem:
+        assert "\n" not in str(problem) and len(str(problem)) < 600, problem
+        return "error"
+    if not torch.isfinite(logits).all():
+        return "error"  # the script says so when it generates
+    if max(w.abs().max() for w in weights.values()) > 1e6:
+        return "huge"  # squares overflow in float32, as they would in Meta's code
+    expected = independent_logits(folder, tokens)
+    assert ((logits - expected).norm() / expected.norm()).item() < 1e-3 or expected.norm() < 1e-6
+    return "right"
+
+
+@pytest.mark.parametrize("make", [meta_folder, hugging_face_folder])
+def test_every_mutation_ends_well(tmp_path, make, capsys):
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    make(good)
+    files = sorted(file.name for file in good.iterdir() if file.name != "generation_config.json")
+    contents = {name: (good / name).read_bytes() for name in files}
+    tokens = torch.tensor([[1, 200, 300, 17]])
+    assert attempt(good, tokens) == "right"
+    outcomes, hard = collections.Counter(), resource.getrlimit(resource.RLIMIT_AS)[1]
+    in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(
+        resource.RLIMIT_AS, (in_use + 2**29, hard)
+    )  # the files have 100 kB: no lie may cost 500 MB
+
+    @settings(max_examples=EXAMPLES // 2, deadline=None, database=None, derandomize=EXAMPLES == 2000,
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(st.sampled_from(files), mutations)
+    def each(name, mutation):
+        shutil.rmtree(bad, ignore_errors=True)
+        shutil.copytree(good, bad)
+        (bad / name).write_bytes(mutate(contents[name], mutation, list(contents.values())))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            outcomes[name, attempt(bad, tokens)] += 1
+
+    try:
+        each()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
+    with capsys.disabled():
+        for (name, outcome), count in sorted(outcomes.items()):
+            print(f"\n{name:36} {outcome:6} {count}", end="")
+    assert sum(count for (_, outcome), count in outcomes.items() if outcome == "error") > EXAMPLES // 8
