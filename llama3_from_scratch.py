@@ -256,9 +256,9 @@ def rotate(x, turns):
     return torch.view_as_real(pairs * turns[:, None]).flatten(-2).to(x.dtype)
 
 
-def forward(tokens, weights, params, cache=None, positions=None, last_only=False,
+def forward(tokens, weights, params, cache=None, positions=None, last=None,
             probe=lambda name, dims, tensor: tensor):
-    """Llama 3: token ids (B T) to logits (B T V), or with last_only (B 1 V), float32.
+    """Llama 3: token ids (B T) to logits (B T V), or of one token a row, `last` (B), to (B 1 V); float32.
 
     weights: a dict in Meta's names and layout. params: from read_params. positions (B T, or 1 T for all
     rows): where the tokens stand, else 0 … T-1. cache (n_layers 2 B K S E, from make_cache): keys and values
@@ -315,8 +315,8 @@ def forward(tokens, weights, params, cache=None, positions=None, last_only=False
         out = probe(f"layers.{i}.feed_forward.out", "B T D", out)
         x = probe(f"layers.{i}.out", "B T D", x + out)
 
-    # Which token comes next? To go on writing, only the last position needs to say.
-    x, asked = (x[:, -1:], "B 1") if last_only else (x, "B T")
+    # Which token comes next? To go on writing, only the last token of each row needs to say.
+    x, asked = (x, "B T") if last is None else (x[torch.arange(B, device=x.device), last][:, None], "B 1")
     h = probe("norm", f"{asked} D", rms_norm(x, weights["norm.weight"], eps))
     logits = probe("logits", f"{asked} V", project(h, weights["output.weight"]).float())
     return logits
@@ -332,19 +332,23 @@ def make_cache(weights, params, B, S):
 
 
 @torch.inference_mode()
-def prefill(tokens, weights, params, cache, start=0, watched=forward, most_scores=2**24):
+def prefill(tokens, weights, params, cache, start=0, lengths=None, watched=forward, most_scores=2**24):
     """Reads tokens (B T) at positions start, start + 1, … into the cache: logits (B 1 V) of the last.
 
-    Long prompts go in chunks, so that no score matrix (B H T S) has more than most_scores numbers. The last
-    chunk runs through `watched`: forward, or forward with a probe or breakpoints.
+    lengths (B): how many of a row's tokens count; what follows is filling, which later tokens overwrite. Long
+    prompts go in chunks, so that no score matrix (B H T S) has more than most_scores numbers. The last chunk
+    runs through `watched`: forward, or forward with a probe or breakpoints.
     """
     B, T = tokens.shape
-    chunk = max(1, most_scores // (B * params["n_heads"] * (start + T)))
+    last = torch.full((B,), T - 1, device=tokens.device) if lengths is None else lengths - 1
+    chunk, logits = max(1, most_scores // (B * params["n_heads"] * (start + T))), 0
     for a in range(0, T, chunk):
         b = min(a + chunk, T)
         positions = torch.arange(start + a, start + b, device=tokens.device)[None]
         step = watched if b == T else forward
-        logits = step(tokens[:, a:b], weights, params, cache[..., : start + b, :], positions, last_only=True)
+        found = step(tokens[:, a:b], weights, params, cache[..., : start + b, :], positions,
+                     (last - a).clamp(0, b - a - 1))
+        logits = torch.where(last[:, None, None] >= a, found, logits)  # a row's last token may be in any chunk
     return logits
 
 
@@ -365,16 +369,20 @@ def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
 
 
 @torch.inference_mode()
-def generate(logits, weights, params, cache, position, choose=sample):
-    """Yields token ids (B), position after position, until the cache is full.
+def generate(logits, weights, params, cache, positions, choose=sample):
+    """Yields token ids (B), one after another for each row, until a row's cache is full.
 
-    logits (B 1 V): from prefill. position: the first free one. choose: turns logits (B V) into ids (B).
+    logits (B 1 V): from prefill. positions (B): the first free one of each row. choose: turns logits (B V) into
+    ids (B). Indices of rows that are sent back leave only those rows to go on.
     """
-    for at in range(position, cache.shape[-2]):
+    for end in range(int(positions.max()) + 1, cache.shape[-2] + 1):
         tokens = choose(logits[:, -1])
-        yield tokens
-        positions = torch.tensor([[at]], device=tokens.device)
-        logits = forward(tokens[:, None], weights, params, cache[..., : at + 1, :], positions, last_only=True)
+        rows = yield tokens
+        if rows is not None:
+            tokens, positions, cache = tokens[rows], positions[rows], cache[:, :, rows]
+        logits = forward(tokens[:, None], weights, params, cache[..., :end, :], positions[:, None],
+                         last=torch.zeros_like(positions))
+        positions = positions + 1
 
 
 # ------------------------------------------------------------------------ looking inside: the probes
@@ -473,6 +481,7 @@ def parse_arguments(argv):
     add("--rope-scaling-factor", metavar="X", type=float, help="overrides what was found or guessed")
     add("--force", action="store_true", help="load the model even if memory looks too small for it")
     add("--chat", action="store_true", help="put the prompt as a question, in Llama 3's chat format")
+    add("--prompts", metavar="FILE", help="many prompts at once, one a line (-: stdin), to lines of JSON")
     add("--system", metavar="TEXT", help="with --chat: what the assistant is told first")
     add("--max-new-tokens", metavar="N", default=100, type=int, help="default 100; 0: only the prompt's pass")
     add("--temperature", metavar="X", default=0.0, type=float, help="0, the default: the likeliest token")
@@ -565,6 +574,10 @@ def prompt_ids(prompt, said, tokenizer, args):
     return ids + chat_message(tokenizer, "user", prompt) + chat_message(tokenizer, "assistant")
 
 
+def stop_ids(tokenizer):
+    return [special(tokenizer, name) for name in ("end_of_text", "eot_id", "eom_id")]
+
+
 def peak_memory(device):
     """In bytes: what tensors took on a GPU, or else this whole process, pages of mapped weights included."""
     if device == "cuda":
@@ -587,7 +600,7 @@ def answer(ids, cached, cache, model, args, choose, watched, show):
         watched = functools.partial(watched, probe=show_shapes(show, params, tokenizer))
     tokens = torch.tensor([ids[cached:]], device=cache.device)
     started = first = time.perf_counter()
-    logits = prefill(tokens, weights, params, cache, cached, watched)
+    logits = prefill(tokens, weights, params, cache, cached, watched=watched)
     read = time.perf_counter()
     if not logits.isfinite().all():
         for name, w in weights.items():
@@ -597,10 +610,9 @@ def answer(ids, cached, cache, model, args, choose, watched, show):
 
     if not args.chat and sys.stdout.isatty() and sys.stderr.isatty():
         print(tokenizer.decode(ids[1:]), end="", file=sys.stderr, flush=True)  # so that the text reads as one
-    stops = [special(tokenizer, name) for name in ("end_of_text", "eot_id", "eom_id")]
+    stops, at = stop_ids(tokenizer), torch.tensor([len(ids)], device=cache.device)
     new, decoder = [], codecs.getincrementaldecoder("utf-8")("replace")  # keeps a character back until whole
-    tokens = generate(logits, weights, params, cache, len(ids), choose)
-    for token in itertools.islice(tokens, args.max_new_tokens):
+    for token in itertools.islice(generate(logits, weights, params, cache, at, choose), args.max_new_tokens):
         new.append(int(token))
         if len(new) == 1:
             first = time.perf_counter()
@@ -620,6 +632,41 @@ def answer(ids, cached, cache, model, args, choose, watched, show):
     return new
 
 
+def answer_all(prompts, model, args, choose, most_rows=32):
+    """Goes on from many prompts, most_rows at a time: one JSON line each on stdout, in their order."""
+    weights, params, tokenizer = model
+    stops, limit = stop_ids(tokenizer), params["max_seq_len"]
+    rows = [prompt_ids(prompt, [], tokenizer, args) for prompt in prompts]
+    for n, ids in enumerate(rows, 1):
+        if len(ids) > limit:
+            raise ValueError(f"prompt {n} has {len(ids)} tokens, the context only {limit}")
+    for a in range(0, len(rows), most_rows):
+        batch = rows[a : a + most_rows]
+        lengths = torch.tensor([len(ids) for ids in batch], device=args.device)
+        width = int(lengths.max())
+        tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids in batch], device=args.device)
+        cache = make_cache(weights, params, len(batch), min(width + args.max_new_tokens, limit))
+        steps = generate(prefill(tokens, weights, params, cache, lengths=lengths), weights, params, cache, lengths,
+                         choose)
+        new, going, kept = [[] for _ in batch], list(range(len(batch))), None
+        while going and args.max_new_tokens:
+            try:
+                chosen = steps.send(kept).tolist()
+            except StopIteration:
+                break
+            for row, token in zip(going, chosen):
+                new[row].append(token)
+            stay = [n for n, row in enumerate(going) if new[row][-1] not in stops and
+                    len(new[row]) < min(args.max_new_tokens, limit - len(batch[row]))]
+            kept, going = stay if len(stay) < len(going) else None, [going[n] for n in stay]
+        for prompt, ids, out in zip(prompts[a:], batch, new):
+            reason = ("stop" if out and out[-1] in stops else
+                      "context" if len(ids) + len(out) == limit else "length")
+            text = tokenizer.decode(out[:-1] if reason == "stop" else out)
+            print(json.dumps({"prompt": prompt, "text": text, "tokens": out, "finish_reason": reason},
+                             ensure_ascii=False), flush=True)
+
+
 def run(args):
     dtype, room = args.dtype and getattr(torch, args.dtype), lambda tokenizer: args.max_new_tokens + len(
         prompt_ids(args.prompt or "?", [], tokenizer, args))
@@ -631,6 +678,9 @@ def run(args):
     generator.seed() if args.seed is None else generator.manual_seed(args.seed)
     choose = functools.partial(sample, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
                                generator=generator)
+    if args.prompts:
+        file = sys.stdin if args.prompts == "-" else open(args.prompts, encoding="utf-8")
+        return answer_all(file.read().splitlines(), model, args, choose)
     said, cache, show = [], make_cache(weights, params, 1, 0), args.show
     for prompt in prompts(args):
         cached = max(0, len(said) - 1)  # a conversation goes on in its cache, which lacks only the last token

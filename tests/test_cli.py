@@ -1,5 +1,6 @@
 """The command line, run as a user runs it: streams, flags, modes, interruptions and mistakes."""
 
+import json
 import os
 import pty
 import re
@@ -201,7 +202,7 @@ def test_many_tokens_greedy_equal_the_pass_without_a_cache(model):
     tokens = some_tokens(params, B=2, T=7)
     cache = llama.make_cache(weights, params, 2, 60)
     logits = llama.prefill(tokens, weights, params, cache)
-    new = torch.stack(list(llama.generate(logits, weights, params, cache, 7)), 1)
+    new = torch.stack(list(llama.generate(logits, weights, params, cache, torch.tensor([7, 7]))), 1)
     assert new.shape == (2, 53)
     whole = llama.forward(torch.cat([tokens, new], 1), weights, params)
     assert torch.equal(whole[:, 6:-1].argmax(-1), new)
@@ -448,3 +449,28 @@ def test_sharded_checkpoint_says_the_same(script, checkpoint):
     texts = [script("Hello", "--weights", folder, "--show", "none") for folder in (one, four)]
     assert texts[0].stdout == texts[1].stdout != "" and "4 shards" in texts[1].stderr
     assert SMALL["n_kv_heads"] == 2 and random_weights(full_params(one / "p"), 0)
+
+
+def test_many_prompts(script, tmp_path):
+    lines = ["Once upon a time", "the answer to the ultimate question of life, the universe, and everything is ", "Long ago"] * 12
+    (tmp_path / "prompts.txt").write_text("\n".join(lines) + "\n")
+    flags = ("--dtype", "float32", "--max-new-tokens", 40, "--show", "none")
+    result = script("--prompts", tmp_path / "prompts.txt", *flags)
+    assert result.returncode == 0
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [answer["prompt"] for answer in answers] == lines
+    for answer in answers[:3]:
+        alone = script(answer["prompt"], *flags)
+        assert alone.stdout == answer["text"] + "\n"
+        assert answer["finish_reason"] == ("length" if "[cut at" in alone.stderr else "stop")
+    assert answers[0] == answers[33] and {answer["finish_reason"] for answer in answers} == {"length", "stop"}
+    assert script("--prompts", "-", *flags, input="\n".join(lines)).stdout == result.stdout
+    chat = script("--prompts", "-", "--chat", *flags, input="What do llamas eat?\nWhat is 3 plus 4?")
+    assert [json.loads(line)["text"] for line in chat.stdout.splitlines()] == [
+        "Llamas eat grass and hay.", "3 plus 4 is 7."]
+
+
+@pytest.mark.parametrize("content, says", [("", "no prompts"), ("a\n\nb", "prompt 2"), ("a\n" + "b" * 99, "prompt 2 has")])
+def test_bad_prompts_are_named(script, checkpoint, content, says):
+    result = script("--prompts", "-", "--weights", checkpoint(max_seq_len=20), input=content)
+    assert (result.returncode, result.stdout) == (2, "") and says in result.stderr

@@ -145,10 +145,10 @@ def test_rows_may_stand_at_different_positions(model):
         assert relative_error(logits[row : row + 1], alone) < 1e-6
 
 
-def test_last_only_gives_the_last_position(model):
+def test_last_gives_one_position_a_row(model):
     params, weights = model()
     tokens = some_tokens(params)
-    last = llama.forward(tokens, weights, params, last_only=True)
+    last = llama.forward(tokens, weights, params, last=torch.tensor([10, 10]))
     assert last.shape == (2, 1, 512) and last.dtype == torch.float32
     assert relative_error(last, llama.forward(tokens, weights, params)[:, -1:]) < 1e-6
 
@@ -208,3 +208,32 @@ def test_sees_through_torch_compile(model):
     tokens = some_tokens(params)
     compiled = torch.compile(llama.forward, fullgraph=True, backend="eager")
     assert torch.equal(compiled(tokens, weights, params), llama.forward(tokens, weights, params))
+
+
+def test_rows_of_different_lengths_run_together(model):
+    """A batch of prompts of different lengths, in chunks, with rows that leave early, says what each says alone."""
+    params, weights = model()
+    prompts = [some_tokens(params, B=1, T=n, seed=n)[0] for n in (3, 11, 7, 1, 11)]
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=5)
+    alone = []
+    for prompt in prompts:
+        cache = llama.make_cache(weights, params, 1, len(prompt) + 30)
+        logits = llama.prefill(prompt[None], weights, params, cache)
+        steps = llama.generate(logits, weights, params, cache, torch.tensor([len(prompt)]))
+        alone.append([int(step) for step in steps])
+    for most_scores in (2**24, 5 * 8 * 11 * 4):
+        cache = llama.make_cache(weights, params, 5, 41)
+        logits = llama.prefill(tokens, weights, params, cache, lengths=lengths, most_scores=most_scores)
+        steps = llama.generate(logits, weights, params, cache, lengths)
+        rows, new, keep = list(range(5)), [[] for _ in prompts], None
+        for n in range(30):
+            for row, token in zip(rows, steps.send(keep).tolist()):
+                new[row].append(token)
+            keep = None
+            if n in (4, 9, 20):  # a row leaves: first, last, and one between
+                gone = {4: 0, 9: 4, 20: 2}[n]
+                keep = [at for at, row in enumerate(rows) if row != gone]
+                rows = [row for row in rows if row != gone]
+        assert [len(out) for out in new] == [5, 30, 21, 30, 10]
+        assert all(out == alone[row][: len(out)] for row, out in enumerate(new))
