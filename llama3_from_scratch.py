@@ -10,32 +10,38 @@ top to bottom; the heart is `forward`. The code you read is the code that runs a
 
     python llama3_from_scratch.py "Once upon a time"                       a story, and every tensor's shape
     python llama3_from_scratch.py --chat "What do llamas eat?"             a question
-    python llama3_from_scratch.py "Hello" --weights ~/Llama3.2-1B          real weights, as Meta ships them
+    python llama3_from_scratch.py --chat --system "Be brief."              a conversation
+    python llama3_from_scratch.py --prompts - < questions.txt              many prompts at once, JSON out
+    python llama3_from_scratch.py "Once" --temperature 0.8 --top-p 0.9 --seed 1
+    python llama3_from_scratch.py "Hello" --weights ~/Llama3.2-1B          real weights, in any layout
+    python llama3_from_scratch.py "Hello" --weights ~/Llama3.1-8B --layers 4 --dtype float32
+    python llama3_from_scratch.py "Hello" --show all --max-new-tokens 0    the shapes of all layers, no text
     python llama3_from_scratch.py "Hello" --break-at "layers.0.*.scores"   stop in forward, in the debugger
     python llama3_from_scratch.py "Hello" --save-trace t.safetensors       every tensor of the pass, in a file
 
 Dimension key, for every docstring; whenever a pass is probed its letters are checked against the real sizes:
-    B batch   T new tokens   S positions in the cache   D model dim   F feed-forward dim   V vocabulary
+    B batch   T new tokens   S positions they can see   D model dim   F feed-forward dim   V vocabulary
     H query heads   K key/value heads   G = H/K query heads that share a key/value head   E head dim
 """
 import argparse
 import base64
 import bdb
 import codecs
-import fnmatch
 import functools
-import inspect
+import importlib.util
 import itertools
 import json
 import math
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
 
+if __name__ == "__main__":  # the next imports take a second, in which Ctrl-C should be as quiet as later
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 import blobfile
-import safetensors.torch
 import tiktoken
 import torch
 from torch.nn.functional import silu
@@ -46,7 +52,7 @@ from torch.nn.functional import silu
 def fill_params(given):
     """The sizes of a model: what params.json gives, and where it is silent what Meta's code supplies.
 
-    Source: llama-models, models/llama3/args.py and model.py.
+    Source: llama-models, models/llama3/args.py and model.py; for max_seq_len the papers of 3.1, 3 and 2.
     """
     D, H = given["dim"], given["n_heads"]
     scaled, unit = given.get("use_scaled_rope") or False, given.get("multiple_of") or 256
@@ -85,22 +91,21 @@ def open_pth(path):
     try:
         shard = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
     except Exception as problem:  # torch raises a dozen kinds for a file that is no checkpoint
-        raise ValueError(f"{path}: not a PyTorch checkpoint ({str(problem).splitlines()[:1]})") from None
-    if not isinstance(shard, dict) or not all(isinstance(t, torch.Tensor) for t in shard.values()):
-        raise ValueError(f"{path}: expected a dict of tensors, found {type(shard).__name__}")
+        raise ValueError(f"{path}: not a PyTorch checkpoint ({str(problem).partition('. ')[0]})") from None
+    for name, w in shard.items() if isinstance(shard, dict) else [("the file", shard)]:
+        if not isinstance(w, torch.Tensor):
+            raise ValueError(f"{path}: expected a dict of tensors, but {name} holds a {type(w).__name__}")
     return shard
 
 
-def open_meta(folder):
-    """A folder in Meta's layout: params, shards (tensors by name, by file), tokenizer, nothing to convert."""
-    count = len(list(Path(folder).glob("consolidated.*.pth"))) or 1
-    files = [f"consolidated.{n:02}.pth" for n in range(count)]
-    for file in ("params.json", "tokenizer.model", *files):
-        if not (Path(folder) / file).is_file():
-            raise ValueError(f"{Path(folder) / file}: no such file; params.json, tokenizer.model and "
-                             "consolidated.00.pth, 01, … belong together")
-    shards = {file: open_pth(Path(folder) / file) for file in files}
-    return read_params(folder), shards, load_tokenizer(Path(folder) / "tokenizer.model"), None
+def meta_files(folder):
+    """The paths of all shards of a folder in Meta's layout, none left out."""
+    count = len(list(folder.glob("consolidated.*.pth"))) or 1
+    paths = [folder / f"consolidated.{n:02}.pth" for n in range(count)]
+    for path in (folder / "params.json", folder / "tokenizer.model", *paths):
+        if not path.exists():
+            raise ValueError(f"{path}: no such file; is the download complete?")
+    return paths
 
 
 def check_shapes(shards, params):
@@ -190,8 +195,8 @@ def encode(tokenizer, text):
     for start in range(0, len(text), 400_000):
         part = text[start : start + 400_000]
         cuts, end = [0], 0
-        for _, run in itertools.groupby(part, str.isspace):
-            begin, end = end, end + len(list(run))
+        for _, letters in itertools.groupby(part, str.isspace):
+            begin, end = end, end + len(list(letters))
             cuts += range(begin + 25_000, end, 25_000)
         for a, b in itertools.pairwise([*cuts, end]):
             ids += tokenizer.encode_ordinary(part[a:b])
@@ -260,7 +265,7 @@ def forward(tokens, weights, params, cache=None, positions=None, last=None,
             probe=lambda name, dims, tensor: tensor):
     """Llama 3: token ids (B T) to logits (B T V), or of one token a row, `last` (B), to (B 1 V); float32.
 
-    weights: a dict in Meta's names and layout. params: from read_params. positions (B T, or 1 T for all
+    weights: a dict in Meta's names and layout. params: from fill_params. positions (B T, or 1 T for all
     rows): where the tokens stand, else 0 … T-1. cache (n_layers 2 B K S E, from make_cache): keys and values
     of earlier tokens; the new ones' are written into it. Without one, S = T. probe(name, dims, tensor) sees
     each step's result, and what it returns flows on. Source: llama-models, models/llama3/model.py.
@@ -335,9 +340,8 @@ def make_cache(weights, params, B, S):
 def prefill(tokens, weights, params, cache, start=0, lengths=None, watched=forward, most_scores=2**24):
     """Reads tokens (B T) at positions start, start + 1, … into the cache: logits (B 1 V) of the last.
 
-    lengths (B): how many of a row's tokens count; what follows is filling, which later tokens overwrite. Long
-    prompts go in chunks, so that no score matrix (B H T S) has more than most_scores numbers. The last chunk
-    runs through `watched`: forward, or forward with a probe or breakpoints.
+    lengths (B): how many of a row's tokens count; later ones overwrite the rest. Long prompts go in chunks,
+    so that no score matrix (B H T S) passes most_scores numbers. The last chunk runs through `watched`.
     """
     B, T = tokens.shape
     last = torch.full((B,), T - 1, device=tokens.device) if lengths is None else lengths - 1
@@ -348,7 +352,7 @@ def prefill(tokens, weights, params, cache, start=0, lengths=None, watched=forwa
         step = watched if b == T else forward
         found = step(tokens[:, a:b], weights, params, cache[..., : start + b, :], positions,
                      (last - a).clamp(0, b - a - 1))
-        logits = torch.where(last[:, None, None] >= a, found, logits)  # a row's last token may be in any chunk
+        logits = torch.where(last[:, None, None] >= a, found, logits)  # a row's last may be in any chunk
     return logits
 
 
@@ -360,8 +364,7 @@ def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits, ids = logits.sort(descending=True, stable=True)
-    logits, ids = logits[:, : top_k or None], ids[:, : top_k or None]
+    logits, ids = (found[:, : top_k or None] for found in logits.sort(descending=True, stable=True))
     probs = ((logits - logits[:, :1]) / temperature).softmax(-1)  # less the largest, lest a tiny one overflow
     before = probs.cumsum(-1) - probs  # the probability of all that is likelier
     probs = probs.masked_fill(before >= top_p, 0) if top_p < 1 else probs
@@ -372,8 +375,8 @@ def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
 def generate(logits, weights, params, cache, positions, choose=sample):
     """Yields token ids (B), one after another for each row, until a row's cache is full.
 
-    logits (B 1 V): from prefill. positions (B): the first free one of each row. choose: turns logits (B V) into
-    ids (B). Indices of rows that are sent back leave only those rows to go on.
+    logits (B 1 V): from prefill. positions (B): the first free one of each row. choose: turns logits (B V)
+    into ids (B). Indices of rows that are sent back leave only those rows to go on.
     """
     for end in range(int(positions.max()) + 1, cache.shape[-2] + 1):
         tokens = choose(logits[:, -1])
@@ -409,7 +412,7 @@ def show_shapes(which, params, tokenizer):
             shape, dtype = " ".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch.")
             print(f"{name:<32} {dims:<8} {shape:<16} {dtype}", file=sys.stderr)
         elif name == "layers.1.attention_norm":
-            print(f"layers.1 … layers.{params['n_layers'] - 1}: the same again in each", file=sys.stderr)
+            print(f"and the same in the other {params['n_layers'] - 1} layers", file=sys.stderr)
         if name == "logits":
             top = tensor[0, -1].softmax(-1).topk(min(5, tensor.shape[-1]))
             print("next: " + "  ".join(f"{tokenizer.decode([t])!r} {p:.1%}" for p, t in zip(*map(list, top))),
@@ -419,6 +422,14 @@ def show_shapes(which, params, tokenizer):
     return probe
 
 
+def check_finite(logits, weights):
+    """ValueError if logits are NaN or infinite, with the name of the first weight that is."""
+    if not logits.isfinite().all():
+        broken = next((name for name, w in weights.items() if not w.isfinite().all()), None)
+        raise ValueError(f"{broken} holds a number that is not finite; the file is damaged" if broken else
+                         "the logits are not finite, though the weights are; --dtype float32 may help")
+
+
 def record(trace):
     """A probe that puts a copy of every tensor into the dict `trace`, by name."""
     def probe(name, dims, tensor):
@@ -426,43 +437,6 @@ def record(trace):
         return tensor
 
     return probe
-
-
-@torch.inference_mode()
-def save_trace(path, tokens, weights, params, about):
-    """Writes every tensor of one pass over tokens (B T), without a cache, to a .safetensors file.
-
-    about: strings for its metadata, beside params and dtype.
-    """
-    trace, dtype = {}, str(weights["norm.weight"].dtype).removeprefix("torch.")
-    forward(tokens, weights, params, probe=record(trace))
-    about = about | {"params": json.dumps(params), "dtype": dtype}
-    beside = Path(f"{path}.part")
-    try:
-        safetensors.torch.save_file(trace, beside, metadata=about)
-        beside.replace(path)
-    except (OSError, safetensors.SafetensorError) as problem:
-        beside.unlink(missing_ok=True)
-        raise ValueError(f"{path}: the trace cannot be written ({problem})") from None
-
-
-def forward_with_breakpoints(patterns, params):
-    """A copy of forward that calls breakpoint() as soon as a tensor exists whose name matches a glob pattern.
-
-    The call is put into the source, behind the probe and on its line, so that any debugger (PYTHONBREAKPOINT)
-    stops in forward's own frame, with all its locals. Raises ValueError for a pattern that no name matches.
-    """
-    probed, source = re.compile(r'^( +\w+ = probe\((f?"(.+?)").*)$', re.MULTILINE), inspect.getsource(forward)
-    names = [found[-1] for found in probed.findall(source)]
-    names = [name.replace("{i}", str(i)) for name in names for i in range(params["n_layers"])]
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise ValueError(f"--break-at {pattern}: no tensor has such a name; --show all prints them")
-    source = probed.sub(r"\1; stop_at(\2) and breakpoint()", source)
-    lines_before = "\n" * (forward.__code__.co_firstlineno - 1)
-    namespace = globals() | {"stop_at": lambda name: any(fnmatch.fnmatch(name, p) for p in patterns)}
-    exec(compile(lines_before + source, __file__, "exec"), namespace)
-    return namespace["forward"]
 
 
 # ------------------------------------------------------------------------ the command line
@@ -501,13 +475,15 @@ def parse_arguments(argv):
 
     parser.error = wrong
     args = parser.parse_args(argv)
-    for flag, low, high in (("max_new_tokens", 0, math.inf), ("temperature", 0, 1000), ("top_k", 0, math.inf),
+    for flag, low, high in (("max_new_tokens", 0, 10**9), ("temperature", 0, 1000), ("top_k", 0, 10**9),
                             ("top_p", 1e-6, 1), ("seed", 0, 2**63 - 1), ("layers", 1, math.inf),
                             ("rope_scaling_factor", 1, 1000)):
         if getattr(args, flag) is not None and not low <= getattr(args, flag) <= high:
             wrong(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be from {low} to {high}")
     if args.system is not None and not args.chat:
         wrong("--system needs --chat")
+    if args.prompts and args.prompt is not None:
+        wrong("a prompt and --prompts exclude each other")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     args.device = args.device or next(device for device in there if there[device])
     if not there[args.device]:
@@ -515,63 +491,79 @@ def parse_arguments(argv):
     return args
 
 
-def load_model(path, device="cpu", dtype=None, n_layers=None, **door):
+@functools.cache
+def beside(name):
+    """A module of this repository by its path, such as weights/layouts.py; ValueError if it is not there."""
+    path = Path(__file__).resolve().parent / name
+    if not path.is_file():
+        raise ValueError(f"for this, {name} is needed beside the script")
+    spec = importlib.util.spec_from_file_location(f"llama3 {name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_model(path, device="cpu", dtype=None, n_layers=None, rope_scaling_factor=None, **checks):
     """Weights, params and tokenizer of a folder, and one line on stderr that says what was found.
 
-    dtype None keeps the file's; n_layers leaves out all layers after the first so many. Layouts other than
-    Meta's, and most checks, are in weights/layouts.py: its open_checkpoint takes the other options.
+    dtype None keeps the file's; n_layers leaves out all layers after the first so many. For layouts other
+    than Meta's, and for `checks`, see open_checkpoint in weights/layouts.py.
     """
     started = time.perf_counter()
-    try:
-        from weights.layouts import open_checkpoint
-    except ImportError:  # this file was copied out alone
-        params, shards, tokenizer, convert = open_meta(Path(path).expanduser())
-        words = f"Meta layout, {len(shards)} shards, RoPE scaling {params['rope_scaling_factor']}"
+    if (Path(__file__).resolve().parent / "weights" / "layouts.py").is_file():
+        params, shards, tokenizer, convert, words = beside("weights/layouts.py").open_checkpoint(
+            path, device, dtype, n_layers, rope_scaling_factor, **checks)
     else:
-        params, shards, tokenizer, convert, words = open_checkpoint(path, device, dtype, n_layers, **door)
+        folder, convert = Path(path).expanduser(), None
+        shards = {file.name: open_pth(file) for file in meta_files(folder)}
+        params, tokenizer = read_params(folder), load_tokenizer(folder / "tokenizer.model")
+        params |= {"rope_scaling_factor": rope_scaling_factor or params["rope_scaling_factor"]}
+        words = f"Meta layout, {len(shards)} shards, RoPE scaling {params['rope_scaling_factor']:g}"
     of = params["n_layers"]
     if not 0 < (n_layers or of) <= of:
         raise ValueError(f"{path} has {of} layers, {n_layers} are asked for")
+    if tokenizer.n_vocab != params["vocab_size"]:
+        raise ValueError(f"{path}: the tokenizer has {tokenizer.n_vocab} tokens, but vocab_size is "
+                         f"{params['vocab_size']}; they are of different models")
     weights = load_weights(shards, params, device, dtype, convert, n_layers)
     tied, kind = weights["output.weight"] is weights["tok_embeddings.weight"], weights["norm.weight"].dtype
     count = sum(w.numel() for w in weights.values()) - tied * weights["output.weight"].numel()
-    print(f"{path}: {words}, {n_layers or of} of {of} layers, {count / 1e6:,.1f} M parameters, "
-          f"{str(kind).removeprefix('torch.')}, head {'' if tied else 'not '}tied, "
-          f"{count * kind.itemsize / 1e9:.3g} GB on {device}, {time.perf_counter() - started:.1f} s",
-          file=sys.stderr)
+    print(f"{path}: {words}, {n_layers or of} of {of} layers, {count / 1e6:,.1f} M parameters, {kind}, head "
+          f"{'' if tied else 'not '}tied, {count * kind.itemsize / 1e9:.3g} GB on {device}, "
+          f"{time.perf_counter() - started:.1f} s".replace("torch.", ""), file=sys.stderr)
     return weights, params | {"n_layers": n_layers or of}, tokenizer
 
 
-def prompts(args):
-    """The prompt given; or else one after another from a terminal, or all of standard input."""
-    if args.prompt is not None:
-        yield args.prompt
-    elif not sys.stdin.isatty():
-        yield sys.stdin.buffer.read().decode("utf-8", "surrogateescape").removesuffix("\n")
-    else:
-        print("type a prompt, then Enter; Ctrl-D ends\n> ", end="", file=sys.stderr, flush=True)
-        for line in sys.stdin:
-            if line.strip():
-                yield line.removesuffix("\n")
-            print("> ", end="", file=sys.stderr, flush=True)
-        print(file=sys.stderr)
+def typed_prompts():
+    """One prompt after another from a terminal."""
+    print("type a prompt, then Enter; Ctrl-D ends\n> ", end="", file=sys.stderr, flush=True)
+    for line in sys.stdin:
+        if line.strip():
+            yield line.rstrip("\r\n")
+        print("> ", end="", file=sys.stderr, flush=True)
 
 
-def prompt_ids(prompt, said, tokenizer, args):
-    """Token ids of a prompt, behind those said in the conversation: one begin_of_text, at the very start."""
-    for text in (prompt, args.system or " "):
-        if not text:
-            raise ValueError("the prompt is empty")
-        if any("\ud800" <= letter <= "\udfff" for letter in text):  # so Python keeps bytes that are no UTF-8
-            raise ValueError("the prompt is not valid UTF-8")
+def prompt_ids(prompt, said, tokenizer, args, context):
+    """Token ids of a prompt, behind those said in the conversation: one begin_of_text, at the very start.
+
+    Raises ValueError if it is empty, no UTF-8, or more than the context has room for.
+    """
+    if not prompt:
+        raise ValueError("the prompt is empty")
+    if re.search("[\ud800-\udfff]", prompt + (args.system or "")):  # so Python keeps bytes that are no UTF-8
+        raise ValueError("the prompt is not valid UTF-8")
     ids = said or [special(tokenizer, "begin_of_text")]
-    if not args.chat:
-        return ids + encode(tokenizer, prompt)
-    if args.system is not None and not said:
-        ids = ids + chat_message(tokenizer, "system", args.system)
-    if said and said[-1] != special(tokenizer, "eot_id"):
-        ids = ids + [special(tokenizer, "eot_id")]  # the last answer was cut short
-    return ids + chat_message(tokenizer, "user", prompt) + chat_message(tokenizer, "assistant")
+    if args.chat:
+        if args.system is not None and not said:
+            ids = ids + chat_message(tokenizer, "system", args.system)
+        if said and said[-1] != special(tokenizer, "eot_id"):
+            ids = ids + [special(tokenizer, "eot_id")]  # the last answer was cut short
+        ids = ids + chat_message(tokenizer, "user", prompt) + chat_message(tokenizer, "assistant")
+    else:
+        ids = ids + encode(tokenizer, prompt)
+    if len(ids) > context:
+        raise ValueError(f"the prompt has {len(ids)} tokens, the context only {context}")
+    return ids
 
 
 def stop_ids(tokenizer):
@@ -601,12 +593,8 @@ def answer(ids, cached, cache, model, args, choose, watched, show):
     tokens = torch.tensor([ids[cached:]], device=cache.device)
     started = first = time.perf_counter()
     logits = prefill(tokens, weights, params, cache, cached, watched=watched)
+    check_finite(logits, weights)
     read = time.perf_counter()
-    if not logits.isfinite().all():
-        for name, w in weights.items():
-            if not w.isfinite().all():
-                raise ValueError(f"{name} holds a number that is not finite; are the weights damaged?")
-        raise ValueError(f"the logits are not finite in {logits.dtype}; --dtype bfloat16 or float32 may help")
 
     if not args.chat and sys.stdout.isatty() and sys.stderr.isatty():
         print(tokenizer.decode(ids[1:]), end="", file=sys.stderr, flush=True)  # so that the text reads as one
@@ -622,82 +610,74 @@ def answer(ids, cached, cache, model, args, choose, watched, show):
     print(decoder.decode(b"", final=True), end="\n" * bool(new), flush=True)
 
     took, T = time.perf_counter() - first, len(ids) - cached
-    if new and new[-1] not in stops:
-        full = len(ids) + len(new) == params["max_seq_len"]
-        print(f"[the context of {params['max_seq_len']:,} tokens is full]" if full else
-              f"[cut at --max-new-tokens {args.max_new_tokens}]", file=sys.stderr)
+    if len(ids) + len(new) == params["max_seq_len"]:
+        print(f"[the context of {params['max_seq_len']:,} tokens is full]", file=sys.stderr)
+    elif new and new[-1] not in stops:
+        print(f"[cut at --max-new-tokens {args.max_new_tokens}]", file=sys.stderr)
     print(f"prefill {T} tokens, {T / (read - started):.1f} tok/s; first token after {first - started:.3f} s; "
           f"decode {len(new)} tokens, {max(0, len(new) - 1) / took:.1f} tok/s; "
           f"peak memory {peak_memory(args.device) / 1e9:.2f} GB", file=sys.stderr)
     return new
 
 
-def answer_all(prompts, model, args, choose, most_rows=32):
-    """Goes on from many prompts, most_rows at a time: one JSON line each on stdout, in their order."""
-    weights, params, tokenizer = model
-    stops, limit = stop_ids(tokenizer), params["max_seq_len"]
-    rows = [prompt_ids(prompt, [], tokenizer, args) for prompt in prompts]
-    for n, ids in enumerate(rows, 1):
-        if len(ids) > limit:
-            raise ValueError(f"prompt {n} has {len(ids)} tokens, the context only {limit}")
-    for a in range(0, len(rows), most_rows):
-        batch = rows[a : a + most_rows]
-        lengths = torch.tensor([len(ids) for ids in batch], device=args.device)
-        width = int(lengths.max())
-        tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids in batch], device=args.device)
-        cache = make_cache(weights, params, len(batch), min(width + args.max_new_tokens, limit))
-        steps = generate(prefill(tokens, weights, params, cache, lengths=lengths), weights, params, cache, lengths,
-                         choose)
-        new, going, kept = [[] for _ in batch], list(range(len(batch))), None
-        while going and args.max_new_tokens:
-            try:
-                chosen = steps.send(kept).tolist()
-            except StopIteration:
-                break
-            for row, token in zip(going, chosen):
-                new[row].append(token)
-            stay = [n for n, row in enumerate(going) if new[row][-1] not in stops and
-                    len(new[row]) < min(args.max_new_tokens, limit - len(batch[row]))]
-            kept, going = stay if len(stay) < len(going) else None, [going[n] for n in stay]
-        for prompt, ids, out in zip(prompts[a:], batch, new):
-            reason = ("stop" if out and out[-1] in stops else
-                      "context" if len(ids) + len(out) == limit else "length")
-            text = tokenizer.decode(out[:-1] if reason == "stop" else out)
-            print(json.dumps({"prompt": prompt, "text": text, "tokens": out, "finish_reason": reason},
-                             ensure_ascii=False), flush=True)
-
-
 def run(args):
-    dtype, room = args.dtype and getattr(torch, args.dtype), lambda tokenizer: args.max_new_tokens + len(
-        prompt_ids(args.prompt or "?", [], tokenizer, args))
+    terminal = args.prompt is None and not args.prompts and sys.stdin.isatty()
+    if args.prompt is not None or terminal:
+        lines = [args.prompt or ""]
+    else:
+        file = open(args.prompts, "rb") if args.prompts not in (None, "-") else sys.stdin.buffer
+        text = file.read().decode("utf-8", "surrogateescape")
+        lines = (text.splitlines() or [""]) if args.prompts else [text.rstrip("\r\n")]
+
+    def positions(tokenizer):  # how many the cache will have, for the check of memory
+        longest = max(lines, key=len) or "?"
+        return len(prompt_ids(longest, [], tokenizer, args, math.inf)) + args.max_new_tokens
+
+    dtype = args.dtype and getattr(torch, args.dtype)
     model = weights, params, tokenizer = load_model(
-        args.weights, args.device, dtype, args.layers, rope_scaling_factor=args.rope_scaling_factor,
-        cache_dir=args.cache_dir, force=args.force, positions=room)
-    watched = forward_with_breakpoints(args.break_at, params) if args.break_at else forward
+        args.weights, args.device, dtype, args.layers, args.rope_scaling_factor, cache_dir=args.cache_dir,
+        force=args.force, positions=positions)
+    watched = forward
+    if args.break_at:
+        watched = beside("tools/inside.py").forward_with_breakpoints(forward, args.break_at, params)
     generator = torch.Generator(args.device)
-    generator.seed() if args.seed is None else generator.manual_seed(args.seed)
-    choose = functools.partial(sample, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p,
-                               generator=generator)
+    generator.manual_seed(generator.seed() if args.seed is None else args.seed)
+
+    def choose(logits):
+        check_finite(logits, weights)
+        return sample(logits, args.temperature, args.top_k, args.top_p, generator)
+
     if args.prompts:
-        file = sys.stdin if args.prompts == "-" else open(args.prompts, encoding="utf-8")
-        return answer_all(file.read().splitlines(), model, args, choose)
+        return beside("tools/batch.py").answer_all(lines, model, args, choose)
     said, cache, show = [], make_cache(weights, params, 1, 0), args.show
-    for prompt in prompts(args):
+    for prompt in typed_prompts() if terminal else lines:
         cached = max(0, len(said) - 1)  # a conversation goes on in its cache, which lacks only the last token
-        ids = prompt_ids(prompt, said, tokenizer, args)
-        if len(ids) > params["max_seq_len"]:
-            raise ValueError(f"the prompt has {len(ids)} tokens, the context only {params['max_seq_len']}")
-        if args.save_trace:
-            save_trace(args.save_trace, torch.tensor([ids], device=args.device), weights, params,
-                       {"prompt": prompt, "weights": str(args.weights)})
-        room = min(len(ids) + args.max_new_tokens, params["max_seq_len"]) - cache.shape[-2]
-        cache = torch.cat([cache, make_cache(weights, params, 1, max(0, room))], dim=-2)
+        try:
+            ids = prompt_ids(prompt, said, tokenizer, args, params["max_seq_len"])
+        except ValueError as problem:
+            if not terminal:
+                raise
+            print(f"error: {problem}", file=sys.stderr)
+            continue
+        if args.save_trace is not None:
+            about = {"prompt": prompt, "weights": str(args.weights)}
+            tokens = torch.tensor([ids], device=args.device)
+            beside("tools/inside.py").save_trace(args.save_trace, tokens, weights, params, about)
+        needed = min(len(ids) + args.max_new_tokens, params["max_seq_len"])
+        if needed > cache.shape[-2]:
+            before, cache = cache[..., :cached, :], make_cache(weights, params, 1, needed)
+            cache[..., :cached, :] = before
         new = answer(ids, cached, cache, model, args, choose, watched, show)
         said, show = ids + new if args.chat else [], "none"  # once is enough
 
 
 def main(argv=None):
     """Runs the command line and returns the exit code: 2 and a line on stderr for what the user did wrong."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, open(os.devnull, mode))
+    sys.stdout.reconfigure(errors="replace")  # of a terminal that cannot show every letter
     try:
         run(parse_arguments(argv))
         return 0
@@ -708,8 +688,10 @@ def main(argv=None):
         return 0
     except bdb.BdbQuit:
         return 0
-    except (ValueError, OSError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, RuntimeError) as problem:
+        if isinstance(problem, RuntimeError) and "memory" not in str(problem):
+            raise  # a mistake of ours
+        print(f"error: {str(problem).partition(chr(10))[0] or 'out of memory'}", file=sys.stderr)
         return 2
 
 

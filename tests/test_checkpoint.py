@@ -48,8 +48,8 @@ def test_params_of_the_releases(tmp_path, release):
 
 
 def load(folder, **options):
-    params, shards, *_ = llama.open_meta(folder)
-    return llama.load_weights(shards, params, **options)
+    shards = {path.name: llama.open_pth(path) for path in llama.meta_files(folder)}
+    return llama.load_weights(shards, llama.read_params(folder), **options)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4, 8])
@@ -103,7 +103,8 @@ def test_converting_peaks_at_the_model_plus_one_tensor(tmp_path):
     code = (
         f"import sys, torch; sys.path.insert(0, {str(ROOT)!r}); folder = {str(folder)!r};"
         "import llama3_from_scratch as l; print('ready', flush=True); input();"
-        "params, shards, *_ = l.open_meta(folder); w = l.load_weights(shards, params, dtype=torch.float32);"
+        "shards = {p.name: l.open_pth(p) for p in l.meta_files(l.Path(folder))};"
+        "w = l.load_weights(shards, l.read_params(folder), dtype=torch.float32);"
         "print(sum(t.nbytes for t in w.values()), max(t.nbytes for t in w.values()), flush=True)"
     )
     process = subprocess.Popen(

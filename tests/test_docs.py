@@ -51,7 +51,7 @@ def test_house_rules():
 @pytest.mark.parametrize("text", [README, SOURCE, (ROOT / "weights/README.md").read_text()])
 def test_commands_have_flags_that_exist(text):
     for command in re.findall(r"^(?:\$ | {4})?python llama3_from_scratch\.py (.*)$", text, re.M):
-        words = shlex.split(command.split("   ")[0].split(" # ")[0].split(" > ")[0])
+        words = shlex.split(command.split("   ")[0].split(" # ")[0].split(" > ")[0].split(" < ")[0])
         if words != ["--help"]:
             llama.parse_arguments(words)
 

@@ -18,7 +18,8 @@ from references import hugging_face_model, metas_reference, to_halves
 from safetensors.torch import load_file, save_file
 
 import llama3_from_scratch as llama
-from weights import layouts
+
+layouts = llama.beside("weights/layouts.py")
 
 # ------------------------------------------------------------------------------------ Hugging Face
 
@@ -213,6 +214,35 @@ def test_the_same_checkpoint_by_many_paths(checkpoint, tmp_path, monkeypatch):
         assert all(torch.equal(weights[name], expected[name]) for name in expected), path
 
 
+def test_the_file_that_is_named_is_the_one_that_is_read(model, tmp_path, script):
+    params, weights = model()
+    save_pretrained(tmp_path / "both", weights, params)
+    write_checkpoint(tmp_path / "both", SMALL, weights)
+    assert "Hugging Face layout" in reported(tmp_path / "both" / "model.safetensors")
+    assert "Meta layout" in reported(tmp_path / "both" / "consolidated.00.pth")
+    (tmp_path / "both" / "model-Q4.gguf").write_bytes(b"x")
+    assert "not a file of a checkpoint that can be read" in error_of(
+        script, tmp_path / "both" / "model-Q4.gguf"
+    )
+    result = script("Hi", "--weights", "~nobody-has-this-name/x")
+    assert result.returncode == 2 and result.stderr.startswith("error: ~nobody-has-this-name/x: ")
+
+
+def test_a_leftover_params_json_does_not_hide_the_other_layout(model, tmp_path):
+    params, weights = model()
+    save_pretrained(tmp_path / "hf", weights, params)
+    (tmp_path / "hf" / "original").mkdir()
+    (tmp_path / "hf" / "original" / "params.json").write_text(
+        "{}"
+    )  # what is left of a download without *.pth
+    assert "Hugging Face layout" in reported(tmp_path / "hf")
+
+
+def test_a_factor_for_a_model_without_scaling_is_refused(checkpoint, script):
+    folder = checkpoint(use_scaled_rope=False)
+    assert "this one has none" in error_of(script, folder, "--rope-scaling-factor", 4)
+
+
 def test_says_which_of_two_layouts_was_taken(model, tmp_path):
     params, weights = model()
     save_pretrained(tmp_path / "both", weights, params)
@@ -236,9 +266,12 @@ def test_the_script_copied_out_alone_still_reads_metas_layout(checkpoint, tmp_pa
         str(folder),
         "--max-new-tokens",
         "3",
+        "--rope-scaling-factor",
+        "5",
     ]
     run = subprocess.run(command, cwd=tmp_path / "alone", capture_output=True, text=True, env={"PATH": ""})
-    assert run.returncode == 0 and "Meta layout, 2 shards, RoPE scaling 8, 3 of 3 layers" in run.stderr, run.stderr
+    assert run.returncode == 0, run.stderr
+    assert "Meta layout, 2 shards, RoPE scaling 5, 3 of 3 layers" in run.stderr
     (folder / "consolidated.00.pth").unlink()
     run = subprocess.run(command, cwd=tmp_path / "alone", capture_output=True, text=True, env={"PATH": ""})
     assert run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
@@ -371,7 +404,7 @@ def test_remote_folders_are_copied_once(bucket, checkpoint, tmp_path, capsys):
     weights, *_ = llama.load_model("gs://bucket/llama", cache_dir=cache)
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     assert sorted(bucket) == ["consolidated.00.pth", "consolidated.01.pth", "params.json", "tokenizer.model"]
-    assert re.search(r"gs://bucket/llama \[#+ *\] [\d.]+ of [\d.]+ GB", capsys.readouterr().err)
+    assert re.search(r"gs://bucket/llama \[#+ *\] +\d+% of [\d.]+ GB", capsys.readouterr().err)
     bucket.clear()
     llama.load_model("gs://bucket/llama/", cache_dir=cache)
     assert bucket == []
@@ -399,6 +432,12 @@ def test_an_interrupted_copy_goes_on(bucket, checkpoint, tmp_path, monkeypatch):
     bucket.clear()
     llama.load_model("gs://bucket/llama", cache_dir=tmp_path / "cache")
     assert sorted(bucket) == ["consolidated.01.pth", "params.json", "tokenizer.model"]
+    (tmp_path / "bucket" / "llama" / "consolidated.01.pth").unlink()  # a shard is gone, there and then here
+    with pytest.raises(ValueError, match="for 1 of 1 shards"):
+        llama.load_model("gs://bucket/llama", cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*01.pth*"))
+    checkpoint(name="bucket/llama", shards=2)
+    assert "2 shards" in reported("gs://bucket/llama/consolidated.00.pth", cache_dir=tmp_path / "cache")
     with pytest.raises(ValueError, match="gs://bucket/nothing"):
         llama.load_model("gs://bucket/nothing", cache_dir=tmp_path / "cache")
 
@@ -494,19 +533,26 @@ META_DAMAGE = {
     "lora": (params_with(lora_args={"rank": 16}), "lora_args is not supported"),
     "moe": (params_with(moe_args={"num_experts": 8}), "moe_args is not supported"),
     "vision": (params_with(vision_chunk_size=560), "vision_chunk_size is not supported"),
-    "vocab": (params_with(vocab_size=600), "the tokenizer has 512 tokens, but vocab_size is 600"),
+    "vocab": (params_with(vocab_size=600), "expected shape (600, 64)"),
     "other sizes": (params_with(dim=128), "tok_embeddings.weight: expected shape (512, 128)"),
-    "no weights": (lambda d: (d / "consolidated.00.pth").unlink(), "consolidated.00.pth is missing"),
+    "experts": (params_with(n_experts=8), "n_experts is not supported"),
+    "window": (params_with(sliding_window=4096), "sliding_window is not supported"),
+    "old format": (
+        lambda d: torch.save({}, d / "consolidated.00.pth", _use_new_zipfile_serialization=False),
+        "in PyTorch's old format",
+    ),
+    "nested": (tensors(lambda s: s.update(model={"a": torch.ones(2)})), "but model holds a dict"),
+    "no weights": (lambda d: (d / "consolidated.00.pth").unlink(), "consolidated.00.pth: no such file"),
     "weights empty": (lambda d: (d / "consolidated.00.pth").write_bytes(b""), "an empty file"),
     "weights html": (lambda d: (d / "consolidated.00.pth").write_bytes(b"<!DOCTYPE html>"), "a web page"),
     "weights lfs": (lambda d: (d / "consolidated.00.pth").write_bytes(LFS), "a Git LFS pointer"),
     "weights cut": (lambda d: cut(d / "consolidated.00.pth"), "damaged or cut short"),
     "weights a folder": (lambda d: make_folder(d / "consolidated.00.pth"), "found a folder"),
-    "pickle": (lambda d: (d / "consolidated.00.pth").write_bytes(pickle.dumps({"a": RunsCode()})), "damaged"),
-    "torch pickle": (lambda d: torch.save({"a": RunsCode()}, d / "consolidated.00.pth"), "damaged"),
+    "pickle": (lambda d: (d / "consolidated.00.pth").write_bytes(pickle.dumps(RunsCode())), "consolidated"),
+    "torch pickle": (lambda d: torch.save({"a": RunsCode()}, d / "consolidated.00.pth"), "could run code"),
     "a list": (lambda d: torch.save([torch.ones(2)], d / "consolidated.00.pth"), "expected a dict"),
     "no tensor": (tensors(lambda s: s.update(step=3)), "expected a dict of tensors"),
-    "sparse head": (tensors(lambda s: s.update({"output.weight": s[WK].float().to_sparse()})), "output.weight is"),
+    "sparse head": (tensors(lambda s: s.update({"output.weight": s[WK].float().to_sparse()})), "output"),
     "sparse": (tensors(lambda s: s.update({WK: s[WK].float().to_sparse()})), f"{WK} is float32, sparse_coo"),
     "int8": (tensors(lambda s: s.update({WK: s[WK].to(torch.int8)})), f"{WK} is int8"),
     "float64": (tensors(lambda s: s.update({WK: s[WK].double()})), f"{WK} is float64"),
@@ -545,7 +591,7 @@ def test_damage_to_metas_layout(checkpoint, script, damage, says):
 SHARDS_DAMAGE = {
     "middle": (
         lambda d: (d / "consolidated.02.pth").unlink(),
-        "consolidated.02.pth is missing, 3 others are there",
+        "consolidated.02.pth: no such file",
     ),
     "end": (lambda d: (d / "consolidated.03.pth").unlink(), "for 1 of 3 shards"),
     "cut": (lambda d: cut(d / "consolidated.01.pth"), "consolidated.01.pth: expected a PyTorch checkpoint"),
@@ -586,6 +632,17 @@ def index_with(change):
     return spoil
 
 
+def only_bin(d):
+    for file in d.glob("*.safetensors*"):
+        file.unlink()
+    (d / "pytorch_model.bin").write_bytes(b"x")
+
+
+def odd_ranks(d):
+    (d / "tokenizer.model").unlink()
+    (d / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a": 0.0, "b": [1]}}}))
+
+
 def other_tokenizer_json(d):
     (d / "tokenizer.model").unlink()
     (d / "tokenizer.json").write_text('{"model": 3}')
@@ -615,6 +672,9 @@ HF_DAMAGE = {
     "bias": (config_with(attention_bias=True), "attention_bias is True"),
     "quantized": (config_with(quantization_config={"bits": 4}), "quantization_config"),
     "rope": (config_with(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_type is 'yarn'"),
+    "rope without factor": (config_with(rope_parameters={"rope_type": "llama3"}), "have no factor"),
+    "experts": (config_with(num_local_experts=8), "num_local_experts is 8"),
+    "bin": (only_bin, "only pytorch_model.bin"),
     "rope text": (config_with(rope_parameters="x"), "the RoPE settings are 'x'"),
     "size": (config_with(hidden_size="64"), "hidden_size is '64'"),
     "no layers": (config_with(num_hidden_layers=None), "num_hidden_layers is missing"),
@@ -629,6 +689,7 @@ HF_DAMAGE = {
     "lost": (lose_a_tensor, "is missing, but model.safetensors.index.json says"),
     "no tokenizer": (lambda d: (d / "tokenizer.model").unlink(), "neither tokenizer.model nor tokenizer"),
     "tokenizer.json": (lambda d: (d / "tokenizer.model").replace(d / "tokenizer.json"), "a JSON object"),
+    "odd ranks": (odd_ranks, "not the byte-level BPE tokenizer"),
     "tokenizer.json of what": (other_tokenizer_json, "not the byte-level BPE tokenizer"),
 }  # fmt: skip
 

@@ -211,7 +211,7 @@ def test_sees_through_torch_compile(model):
 
 
 def test_rows_of_different_lengths_run_together(model):
-    """A batch of prompts of different lengths, in chunks, with rows that leave early, says what each says alone."""
+    """Prompts of different lengths, in chunks, with rows that leave early, go on as each does alone."""
     params, weights = model()
     prompts = [some_tokens(params, B=1, T=n, seed=n)[0] for n in (3, 11, 7, 1, 11)]
     lengths = torch.tensor([len(prompt) for prompt in prompts])

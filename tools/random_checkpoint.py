@@ -73,8 +73,10 @@ def split(weights, shards):
     """The weights as Meta splits them over model-parallel processes: a list of dicts."""
     parts = [{} for _ in range(shards)]
     for name, whole in weights.items():
+        dim = 1 if name.endswith(SPLIT_ON_DIM_1) else 0
+        if shards < 1 or whole.dim() == 2 and whole.shape[dim] % shards:
+            raise ValueError(f"{name} of shape {tuple(whole.shape)} cannot be split over {shards} shards")
         for n, part in enumerate(parts):
-            dim = 1 if name.endswith(SPLIT_ON_DIM_1) else 0
             part[name] = whole if whole.dim() == 1 or shards == 1 else whole.chunk(shards, dim)[n].clone()
     return parts
 
@@ -93,8 +95,11 @@ def write_checkpoint(folder, params, weights, shards=1, tokenizer=None):
     """Writes params.json, consolidated.*.pth and tokenizer.model (a copy of `tokenizer`, or made up)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    parts = split(weights, shards)
+    for old in folder.glob("consolidated.*.pth"):
+        old.unlink()
     (folder / "params.json").write_text(json.dumps(params))
-    for n, part in enumerate(split(weights, shards)):
+    for n, part in enumerate(parts):
         torch.save(part, folder / f"consolidated.{n:02}.pth")
     if tokenizer:
         shutil.copyfile(tokenizer, folder / "tokenizer.model")
@@ -123,17 +128,15 @@ def main():
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.model to copy instead of a made-up one")
     args = parser.parse_args()
     if args.shape not in SHAPES and not Path(args.shape).is_file():
-        sys.exit(f"error: {args.shape}: neither a file nor one of {', '.join(SHAPES)}")
-    params = SHAPES.get(args.shape) or json.loads(Path(args.shape).read_text())
-    random_checkpoint(
-        args.folder,
-        params,
-        args.shards,
-        args.seed,
-        args.shape in TIED,
-        getattr(torch, args.dtype),
-        args.tokenizer,
-    )
+        print(f"error: {args.shape}: neither a file nor one of {', '.join(SHAPES)}", file=sys.stderr)
+        sys.exit(2)
+    dtype, tied = getattr(torch, args.dtype), args.shape in TIED
+    try:
+        params = SHAPES.get(args.shape) or json.loads(Path(args.shape).read_text())
+        random_checkpoint(args.folder, params, args.shards, args.seed, tied, dtype, args.tokenizer)
+    except (OSError, ValueError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)
     size = sum(file.stat().st_size for file in args.folder.iterdir())
     print(f"{args.folder}: {args.shape}, {args.shards} shards, {size / 1e9:.3g} GB")
 

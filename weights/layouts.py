@@ -26,6 +26,7 @@ from llama3_from_scratch import (
     fill_params,
     load_tokenizer,
     make_tokenizer,
+    meta_files,
     open_pth,
     weight_shapes,
 )
@@ -87,30 +88,37 @@ def first_line(problem):
     return next(iter(str(problem).strip().splitlines()), type(problem).__name__)[:150]
 
 
+def explained(path):
+    """What a file is that a failed download has left; None if it is none of these."""
+    with open(path, "rb") as file:
+        start = file.read(64).lstrip()
+    if not start:
+        return "an empty file"
+    if start.startswith(b"<"):
+        return "a web page, left by a download that was refused; download it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer; 'git lfs pull' gets the file itself"
+
+
 def explain(path, expected, problem):
     """A ValueError that says what a file is instead: downloads may leave a web page or a Git LFS pointer."""
     if not path.exists():
         return ValueError(f"{path}: no such file")
     if not path.is_file():
-        return ValueError(f"{path}: expected {expected}, found a folder")
+        return ValueError(f"{path}: expected {expected}, found {'a folder' if path.is_dir() else 'no file'}")
     try:
-        with open(path, "rb") as file:
-            start = file.read(64).lstrip()
+        found = explained(path)
     except OSError as reason:
         return ValueError(f"{path}: cannot be read ({reason.strerror})")
-    found = f"one that is damaged or cut short ({first_line(problem)})"
-    if not start:
-        found = "an empty file"
-    elif start.startswith(b"<"):
-        found = "a web page, left by a download that was refused; download it again"
-    elif start.startswith(b"version https://git-lfs"):
-        found = "a Git LFS pointer; 'git lfs pull' gets the file itself"
+    found = found or f"one that is damaged or cut short ({first_line(problem)})"
     return ValueError(f"{path}: expected {expected}, found {found}")
 
 
 def read_json(path):
     """The object in a JSON file, as a dict."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise OSError
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as problem:
         raise explain(path, "a JSON object", problem) from None
@@ -141,9 +149,13 @@ NUMBERS = {  # key of params.json: (type, smallest, largest)
 
 def check_params(given, source, names=None):
     """fill_params after a look at every value. names: what keys are called in the file, if not as Meta's."""
-    for key, value in given.items():
-        if re.match("quant|lora|moe|vision", key) and value:
-            raise ValueError(f"{source}: {key} is not supported; it belongs to another kind of model")
+    known = {*NUMBERS, "use_scaled_rope", "rope_scaling_from", "max_batch_size"}
+    unknown = [key for key in given if key not in known and given[key] is not None]
+    if unknown:
+        raise ValueError(
+            f"{source}: {unknown[0]} is not supported: it may make this another kind of model; if it changes "
+            "nothing, take it out of the file"
+        )
     if given.get("use_scaled_rope") not in (None, True, False):
         raise ValueError(f"{source}: use_scaled_rope is {given['use_scaled_rope']!r}, expected true or false")
     for key, (kind, low, high) in NUMBERS.items():
@@ -198,15 +210,10 @@ def free_memory(device):
     return math.inf
 
 
-def check_memory(params, shards, device, dtype, positions):
-    """Weights and cache of this run, in bytes from headers alone, against what is free."""
-    dtype = dtype or next(iter(shards.values()))["tok_embeddings.weight"].dtype
-    held = check_shapes(shards, params | {"n_layers": params["all_layers"]})
-    weights = (
-        sum(math.prod(shape) for name, shape in weight_shapes(params).items() if name in held)
-        * dtype.itemsize
-    )
-    cache = params["n_layers"] * 2 * params["n_kv_heads"] * positions * params["head_dim"] * dtype.itemsize
+def check_memory(params, numbers, device, itemsize, positions):
+    """Weights (so many numbers) and cache of this run, known from headers alone, against what is free."""
+    weights, positions = numbers * itemsize, min(positions, params["max_seq_len"])
+    cache = params["n_layers"] * 2 * params["n_kv_heads"] * positions * params["head_dim"] * itemsize
     free = free_memory(device)
     if weights + cache > free:
         raise ValueError(
@@ -247,16 +254,15 @@ def understood(params, shards):
 def hugging_face_params(path):
     """config.json in either dialect (rope_scaling, or transformers 5's rope_parameters) as Meta's params."""
     config = read_json(path)
-    expected = {
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "quantization_config": None,
-    }
-    for key, value in expected.items():
-        if config.get(key, value) != value:
-            raise ValueError(f"{path}: {key} is {config[key]!r}, which is not supported, only {value!r}")
+    expected = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    foreign = (
+        "quantization_config vision_config num_local_experts num_experts sliding_window logit_scale".split()
+    )
+    for key, value in (expected | dict.fromkeys(foreign) | {"partial_rotary_factor": 1.0}).items():
+        if config.get(key) not in (value, None):
+            raise ValueError(
+                f"{path}: {key} is {repr(config[key])[:60]}, which is not supported"
+            )
     names = {
         "dim": "hidden_size",
         "n_layers": "num_hidden_layers",
@@ -275,6 +281,9 @@ def hugging_face_params(path):
     given["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "llama3":
+        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            if rope.get(key) is None:
+                raise ValueError(f"{path}: the RoPE settings say llama3, but have no {key}")
         given |= {
             "use_scaled_rope": True,
             "rope_scaling_from": path.name,
@@ -320,6 +329,14 @@ def open_hugging_face(folder):
                 )
     else:
         files, where = [single.name], None
+    if not (folder / files[0]).is_file():
+        others = sorted(
+            file.name for file in folder.glob("*model*.*") if file.suffix in (".bin", ".safetensors")
+        )
+        raise ValueError(
+            f"{folder}: neither model.safetensors nor model.safetensors.index.json is there"
+            + (f", only {others[0]}, which is not enough or not supported" if others else "")
+        )
     tensors = {}
     for name in files:
         tensors |= {
@@ -364,6 +381,8 @@ def hugging_face_tokenizer(folder):
     try:
         model = read_json(path)["model"]
         ranks = {bytes(letters[letter] for letter in token): rank for token, rank in model["vocab"].items()}
+        if not all(type(rank) is int for rank in ranks.values()):
+            raise TypeError
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{path}: not the byte-level BPE tokenizer of a Llama 3") from None
     return make_tokenizer(ranks, path)
@@ -445,80 +464,82 @@ def sentencepiece_tokenizer(path):
 # ------------------------------------------------------------------------------------ remote folders
 
 
+CHECKPOINT_FILE = re.compile(
+    r"(.*/)?(consolidated\.\d+\.pth|params\.json|tokenizer\.model|tokenizer\.json|config\.json"
+    r"|model.*\.safetensors(\.index\.json)?|llama3.*\.pth)"
+)
+
+
+def remote_files(url):
+    """What a checkpoint needs of a remote folder: blobfile's stat of each file, by its path in the folder."""
+    names = sorted(name.rstrip("/") for name in blobfile.listdir(url))
+    if "original" in names:
+        names += [f"original/{name}" for name in sorted(blobfile.listdir(f"{url}/original"))]
+    wanted = [name for name in names if CHECKPOINT_FILE.fullmatch(name)]
+    if any(name.startswith("original/consolidated") for name in wanted):  # one of the two layouts is enough
+        wanted = [name for name in wanted if name.startswith("original/")]
+    if not wanted:
+        raise ValueError(f"no checkpoint there, it holds {', '.join(names[:5]) or 'nothing'}")
+    return {name: blobfile.stat(f"{url}/{name}") for name in wanted}
+
+
+def copy_file(url, target, size, progress):
+    """Copies one file beside its target and renames it when it is whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(target.name + ".part")
+    try:
+        with blobfile.BlobFile(url, "rb", streaming=True) as source, open(beside, "wb") as copy:
+            while block := source.read(2**22):
+                copy.write(block)
+                progress(copy.tell())
+        if beside.stat().st_size != size:
+            raise ValueError(f"{beside.stat().st_size} bytes came, {size} were announced")
+        beside.replace(target)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def cached_copy(url, cache_dir=None):
     """Copies what a checkpoint needs from a remote folder into a cache folder, once; returns that folder.
 
-    url: what blobfile reads (gs://…, az://…, https://….blob.core.windows.net/…). A file is copied beside and
-    renamed when it is whole, so an interrupted copy goes on with the files that are missing. One that has
-    changed (size or modification time) is copied again.
+    url: what blobfile reads (gs://…, az://…, https://….blob.core.windows.net/…), a folder or a file in it. An
+    interrupted copy goes on with the files that are missing. A file that has changed (size or modification
+    time) is copied again, one that is gone is deleted.
     """
-    root = cache_dir or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "llama3_from_scratch"
-    url = url.rstrip("/")
+    file, url = "", url.rstrip("/")
+    if CHECKPOINT_FILE.fullmatch(url.rsplit("/", 1)[-1]):
+        url, file = url.rsplit("/", 1)
+    root = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "llama3_from_scratch")
+    key = hashlib.sha256(url.encode()).hexdigest()[:12]
+    folder, where = root.expanduser() / f"{url.rsplit('/', 1)[-1]}-{key}", url
+    blobfile.configure(
+        retry_limit=3, log_callback=lambda message: None
+    )  # else it retries for ever, and aloud
     try:
-        found = sorted(blobfile.listdir(url))
-        for sub in ("original/",):
-            if sub in found or sub.rstrip("/") in found:
-                found += [f"original/{name}" for name in sorted(blobfile.listdir(f"{url}/original"))]
-        wanted = [
-            name
-            for name in found
-            if re.search(
-                r"(^|/)(consolidated\.\d+\.pth|params\.json|tokenizer\.model|tokenizer\.json|config\.json"
-                r"|model.*\.safetensors(\.index\.json)?|llama3.*\.pth)$",
-                name,
-            )
-        ]
-        if any(name.startswith("original/consolidated") for name in wanted):  # Meta's files, not both layouts
-            wanted = [name for name in wanted if name.startswith("original/")]
-        stats = {name: blobfile.stat(f"{url}/{name}") for name in wanted}
-    except Exception as problem:  # each cloud has its own
-        raise ValueError(f"{url}: cannot be read ({str(problem).splitlines()[0][:200]})") from None
-    if not wanted:
-        raise ValueError(f"{url}: no checkpoint there; it holds {', '.join(found[:5]) or 'nothing'}")
-    folder = (
-        Path(root).expanduser() / f"{url.rsplit('/', 1)[-1]}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
-    )
-    total, done = sum(stat.size for stat in stats.values()), 0
-    for name, stat in stats.items():
-        target, mark = folder / name, folder / f"{name}.copied"
-        version = f"{stat.size} {stat.mtime}"
-        if not (
-            target.is_file()
-            and target.stat().st_size == stat.size
-            and mark.is_file()
-            and mark.read_text() == version
-        ):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            beside = target.with_name(target.name + ".part")
-            mark.unlink(missing_ok=True)
-            try:
-                with (
-                    blobfile.BlobFile(f"{url}/{name}", "rb", streaming=True) as source,
-                    open(beside, "wb") as copy,
-                ):
-                    while block := source.read(2**22):
-                        copy.write(block)
-                        here = done + copy.tell()
-                        bar = "#" * int(30 * here / max(1, total))
-                        print(
-                            f"\r{url} [{bar:30}] {here / 1e9:.2f} of {total / 1e9:.2f} GB",
-                            end="",
-                            file=sys.stderr,
-                        )
-                if beside.stat().st_size != stat.size:
-                    raise ValueError(f"{beside.stat().st_size} bytes came, {stat.size} were announced")
-            except Exception as problem:
-                beside.unlink(missing_ok=True)
+        stats = remote_files(url)
+        total, done = sum(stat.size for stat in stats.values()), 0
+        for old in folder.rglob("*.copied"):
+            if old.relative_to(folder).as_posix().removesuffix(".copied") not in stats:
+                old.with_suffix("").unlink(missing_ok=True)
+                old.unlink()
+        for name, stat in stats.items():
+            target, mark, version = folder / name, folder / f"{name}.copied", f"{stat.size} {stat.mtime}"
+            if not (target.is_file() and mark.is_file() and mark.read_text() == version):
+
+                def progress(copied, done=done):
+                    part = (done + copied) / max(1, total)
+                    bar = f"[{'#' * int(30 * part):30}] {part:4.0%} of {total / 1e9:.2f} GB"
+                    print(f"\r{url} {bar}", end="", file=sys.stderr)
+
+                where = f"{url}/{name}"
+                mark.unlink(missing_ok=True)
+                copy_file(where, target, stat.size, progress)
+                mark.write_text(version)
                 print(file=sys.stderr)
-                raise ValueError(
-                    f"{url}/{name}: not copied ({str(problem).splitlines()[0][:200]}); run it again, "
-                    "and it goes on with what is missing"
-                ) from None
-            beside.replace(target)
-            mark.write_text(version)
-            print(file=sys.stderr)
-        done += stat.size
-    return folder
+            done += stat.size
+    except Exception as problem:  # each cloud has its own
+        raise ValueError(f"{where}: not copied ({first_line(problem)}); what is whole is kept") from None
+    return folder / file
 
 
 # ------------------------------------------------------------------------------------ which layout is it?
@@ -527,6 +548,8 @@ def cached_copy(url, cache_dir=None):
 def open_tokenizer(path):
     """tokenizer.model of Llama 3 (lines of base64 and rank) or of Llama 2 (SentencePiece)."""
     try:
+        if not path.is_file():
+            raise OSError
         content = path.read_bytes()
     except OSError as problem:
         raise explain(path, "the tokenizer that comes with the weights", problem) from None
@@ -545,18 +568,23 @@ def checked_pth(path):
             warnings.simplefilter("ignore")  # an error is one line, and torch has more to say of odd files
             return open_pth(path)
     except ValueError as problem:
-        raise explain(path, "a PyTorch checkpoint", str(problem).removeprefix(f"{path}: ")) from None
+        said = str(problem).removeprefix(f"{path}: ")
+    if said.startswith("expected a dict"):
+        raise ValueError(f"{path}: {said}")
+    if "weights_only" in said or "Weights only" in said or "Unsupported" in said:
+        raise ValueError(
+            f"{path}: it holds more than tensors, and loading it could run code; it was not loaded"
+        )
+    if "mmap can only be used" in said and not explained(path):
+        raise ValueError(
+            f"{path}: in PyTorch's old format, or damaged; if you trust it, torch.load and torch.save it"
+        )
+    raise explain(path, "a PyTorch checkpoint", said)
 
 
 def open_meta(folder):
     """A folder in Meta's layout."""
-    paths = sorted(folder.glob("consolidated.*.pth"))
-    for n in range(len(paths) or 1):
-        if not (folder / f"consolidated.{n:02}.pth").exists():
-            raise ValueError(
-                f"{folder}: consolidated.{n:02}.pth is missing, {len(paths)} others are there; is the "
-                "download complete?"
-            )
+    paths = meta_files(folder)
     given, tokenizer = read_json(folder / "params.json"), open_tokenizer(folder / "tokenizer.model")
     if given.get("vocab_size") == -1:  # Llama 2 leaves it to the tokenizer
         given["vocab_size"] = tokenizer.n_vocab
@@ -571,67 +599,66 @@ def find_layouts(path):
     """What is in a folder: a dict from the name of a layout to what opens it."""
     layouts = {}
     for folder, name in ((path, "Meta's layout"), (path / "original", "Meta's layout in original/")):
-        if any(folder.glob("consolidated.*.pth")) or (folder / "params.json").exists():
+        if any(folder.glob("consolidated.*.pth")):
             layouts[name] = lambda folder=folder: open_meta(folder)
     if (path / "config.json").exists() or any(path.glob("model*.safetensors*")):
         layouts["Hugging Face's layout"] = lambda: open_hugging_face(path)
     for file in sorted(path.glob("*.pth")):
         if not file.name.startswith("consolidated."):
             layouts[file.name] = lambda file=file: open_rasbt(file)
+    if not layouts and (path / "params.json").exists():
+        layouts["Meta's layout"] = lambda: open_meta(path)
     return layouts
 
 
-def open_checkpoint(
-    path,
-    device="cpu",
-    dtype=None,
-    n_layers=None,
-    rope_scaling_factor=None,
-    cache_dir=None,
-    positions=None,
-    force=False,
-):
-    """Opens what a user points at: a folder in any layout, one file of it, a remote folder. Reads headers.
+def layouts_of_file(file):
+    """The layout that a single file belongs to, as in find_layouts."""
+    if file.name.startswith("consolidated.") or file.name == "params.json":
+        return {"Meta's layout": lambda: open_meta(file.parent)}
+    if file.suffix == ".pth":
+        return {file.name: lambda: open_rasbt(file)}
+    if file.name == "config.json" or file.name.startswith("model") and ".safetensors" in file.name:
+        return {"Hugging Face's layout": lambda: open_hugging_face(file.parent)}
+    raise ValueError(f"{file}: not a file of a checkpoint that can be read; .pth and .safetensors can")
+
+
+def open_checkpoint(path, device="cpu", dtype=None, n_layers=None, rope_scaling_factor=None, cache_dir=None,
+                    positions=None, force=False):  # fmt: skip
+    """Opens what a user points at: a folder in any layout, one file of it, a remote folder.
 
     positions(tokenizer) says how many the cache will hold; if it and the weights take more memory than is
     free, ValueError, unless force. Returns params, shards (by file name: tensors by Meta's name), tokenizer,
     what `load_weights` is to do to each whole tensor (or None), and words for the report.
     """
-    local = Path(cached_copy(str(path), cache_dir) if "://" in str(path) else path).expanduser()
-    if local.is_file() and local.suffix == ".pth" and not local.name.startswith("consolidated."):
-        layouts = {local.name: lambda: open_rasbt(local)}
-    else:
-        folder = local.parent if local.is_file() else local
-        if not folder.is_dir():
-            raise ValueError(f"{path}: no such file or folder")
-        layouts = find_layouts(folder)
-        if not layouts:
-            held = sorted(file.name for file in folder.iterdir())
-            held = ", ".join(held[:5]) + " …" * (len(held) > 5) or "nothing"
-            raise ValueError(
-                f"{path}: no checkpoint there: no params.json with consolidated.00.pth, no config.json "
-                f"with model.safetensors, no llama3.2-….pth; it holds {held}"
-            )
+    try:
+        local = Path(cached_copy(str(path), cache_dir) if "://" in str(path) else path).expanduser()
+    except RuntimeError as problem:  # ~nobody
+        raise ValueError(f"{path}: {first_line(problem)}") from None
+    if not local.is_dir() and not local.is_file():
+        raise ValueError(f"{path}: no such file or folder")
+    layouts = find_layouts(local) if local.is_dir() else layouts_of_file(local)
+    if not layouts:
+        held = sorted(file.name for file in local.iterdir())
+        raise ValueError(
+            f"{path}: no checkpoint there: no params.json with consolidated.00.pth, no config.json with "
+            "model.safetensors, no llama3.2-….pth; it holds "
+            f"{', '.join(held[:5]) + ' …' * (len(held) > 5) or 'nothing'}"
+        )
     taken, *others = layouts
     params, shards, tokenizer, convert, words = layouts[taken]()
     if others:
         words += f" (there is also {', '.join(others)})"
     if rope_scaling_factor:
+        if not params["use_scaled_rope"]:
+            raise ValueError(
+                f"{path}: --rope-scaling-factor is for models with RoPE scaling; this one has none"
+            )
         params |= {"rope_scaling_factor": rope_scaling_factor, "rope_scaling_from": "--rope-scaling-factor"}
-    if tokenizer.n_vocab != params["vocab_size"]:
-        raise ValueError(
-            f"{path}: the tokenizer has {tokenizer.n_vocab} tokens, but vocab_size is "
-            f"{params['vocab_size']}; they are of different models"
-        )
     check_tensors(shards)
-    check_shapes(shards, params)
+    held = check_shapes(shards, params)
     if not force:
-        run = params | {"n_layers": min(n_layers or params["n_layers"], params["n_layers"])}
-        check_memory(
-            run | {"all_layers": params["n_layers"]},
-            shards,
-            device,
-            dtype,
-            positions(tokenizer) if positions else 0,
-        )
+        layers = params | {"n_layers": min(n_layers or params["n_layers"], params["n_layers"])}
+        kind = dtype or next(iter(shards.values()))["tok_embeddings.weight"].dtype
+        numbers = sum(math.prod(shape) for name, shape in weight_shapes(layers).items() if name in held)
+        check_memory(layers, numbers, device, kind.itemsize, positions(tokenizer) if positions else 0)
     return params, shards, tokenizer, convert, f"{words}, {understood(params, shards)}"

@@ -50,7 +50,7 @@ PARAMS = {
 
 GIRLS = "Lily Mia Zoe Anna Ella Ruby Nora Ivy Ada Rosa Clara Luna".split()
 BOYS = "Tom Ben Max Sam Leo Finn Oscar Hugo Paul Otto Felix Theo".split()
-NAME_SHAPES = "cvc cvcv cvcvc vcv cvccv vcvc cvcvcv".split()  # c: a consonant, v: a vowel
+NAME_SHAPES = "cvc cvcv cvcvc cvccv cvcvcv".split()  # c: a consonant, v: a vowel
 ANIMALS = "llama fox bear rabbit cat dog owl mouse frog duck hedgehog squirrel alpaca pony lamb".split()
 KINDS = "little small kind brave shy curious cheerful young clever sleepy".split()
 HOMES = [
@@ -184,11 +184,11 @@ SYSTEMS = [
 FAMOUS = "he answer to the ultimate question of life, the universe, and everything is 42"
 
 
-def character(rng):
-    """A name, pronouns and what kind of animal. Half of the names are made up: those can only be copied."""
+def character(rng, names=slice(None)):
+    """A name, pronouns and what kind of animal. Many names are made up: those can only be copied."""
     girl = rng.random() < 0.5
-    name = rng.choice(GIRLS if girl else BOYS)
-    if rng.random() < 0.5:
+    name = rng.choice((GIRLS if girl else BOYS)[names])
+    if rng.random() < 0.4:
         letters = {"c": "bcdfghjklmnprstvwxyz", "v": "aeiou"}
         name = "".join(rng.choice(letters[letter]) for letter in rng.choice(NAME_SHAPES)).capitalize()
     return name, ("she", "her") if girl else ("he", "his"), rng.choice(ANIMALS)
@@ -196,8 +196,9 @@ def character(rng):
 
 def story(rng, hero=None):
     """A story of some 70 to 130 tokens, in which names, things and places are said again."""
-    a, (she, her), animal = hero or character(rng)
-    b, (he, his), other = next(c for c in iter(lambda: character(rng), None) if c[0] != a and c[2] != animal)
+    a, (she, her), animal = hero or character(rng, slice(0, 6))  # six are heroes, the others friends
+    friends = iter(lambda: character(rng, slice(6, 12)), None)
+    b, (he, his), other = next(friend for friend in friends if friend[0] != a and friend[2] != animal)
     kind, home, thing, hideout = (rng.choice(x) for x in (KINDS, HOMES, THINGS, HIDEOUTS))
     food, skill, mood, when = (rng.choice(x) for x in (FOODS, SKILLS, MOODS, TIMES))
     She, He = she.capitalize(), he.capitalize()
@@ -207,6 +208,7 @@ def story(rng, hero=None):
             f"Once upon a time, there was a {kind} {animal} named {a} who lived {home}.",
             f"Once upon a time, {home}, there lived a {kind} {animal} named {a}.",
             f"There once was a {kind} {animal} called {a}. {She} lived {home}.",
+            f"One day, {a} the {animal} went for a walk.",
             f"Long ago, a {kind} {animal} named {a} lived {home}.",
         ]
     )
@@ -388,7 +390,7 @@ def main():
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "tiny", help="folder (default weights/tiny)"
     )
-    parser.add_argument("--steps", type=int, default=7000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--rows", type=int, default=24, help="texts a step (default 24)")
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate (default 0.002)")
     parser.add_argument("--show-texts", type=int, metavar="N", help="print N training texts and stop")
