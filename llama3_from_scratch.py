@@ -37,10 +37,12 @@ import re
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 if __name__ == "__main__":  # the next imports take a second, in which Ctrl-C should be as quiet as later
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch would like it, we do not need it
 import blobfile
 import tiktoken
 import torch
@@ -680,19 +682,18 @@ def main(argv=None):
     sys.stdout.reconfigure(errors="replace")  # of a terminal that cannot show every letter
     try:
         run(parse_arguments(argv))
-        return 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read the text has gone: there is nobody to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except bdb.BdbQuit:
-        return 0
+    except bdb.BdbQuit:  # the debugger's "quit"
+        pass
     except (ValueError, OSError, MemoryError, RuntimeError) as problem:
         if isinstance(problem, RuntimeError) and "memory" not in str(problem):
             raise  # a mistake of ours
         print(f"error: {str(problem).partition(chr(10))[0] or 'out of memory'}", file=sys.stderr)
         return 2
+    return 0
 
 
 if __name__ == "__main__":
