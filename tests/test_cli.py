@@ -421,7 +421,7 @@ def test_a_full_disk_leaves_no_half_trace(tmp_path, monkeypatch, model):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(inside.safetensors.torch, "save_file", fail)
+    monkeypatch.setattr(inside.safetensors, "serialize_file", fail)
     with pytest.raises(ValueError, match="No space left"):
         inside.save_trace(target, some_tokens(params), weights, params, {"weights": "x"})
     assert not list(tmp_path.glob("t.*"))

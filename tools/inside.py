@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-import safetensors.torch
+import safetensors
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -29,7 +29,16 @@ def save_trace(path, tokens, weights, params, about):
         beside.touch()
         mode = beside.stat().st_mode  # safetensors would leave a file that only its owner can read
         check_finite(forward(tokens, weights, params, probe=record(trace)), weights)
-        safetensors.torch.save_file(trace, beside, metadata=about)
+        held = {  # what safetensors.torch.save_file does, but that one needs numpy
+            name: safetensors.TensorSpec(
+                dtype=str(t.dtype).removeprefix("torch."),
+                shape=t.shape,
+                data_ptr=t.data_ptr(),
+                data_len=t.nbytes,
+            )
+            for name, t in trace.items()
+        }
+        safetensors.serialize_file(held, beside, metadata=about)
         beside.chmod(mode)
         beside.replace(target)
     except (OSError, safetensors.SafetensorError) as problem:
