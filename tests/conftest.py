@@ -70,9 +70,15 @@ def real_tokenizer_path():
 def script(monkeypatch):
     """script(*arguments, input=…, env=…) -> CompletedProcess of the command line, run in this process."""
 
-    def run(*arguments, input="", env=()):
+    class Terminal(io.TextIOWrapper):
+        def isatty(self):
+            return True
+
+    def run(*arguments, input="", env=(), terminal=False):
+        kind = Terminal if terminal else io.TextIOWrapper
         streams = [
-            io.TextIOWrapper(io.BytesIO(), "utf-8", newline="\n", write_through=True) for _ in range(3)
+            (kind if n == 0 else io.TextIOWrapper)(io.BytesIO(), "utf-8", newline="\n", write_through=True)
+            for n in range(3)
         ]
         streams[0].buffer.write(input if isinstance(input, bytes) else input.encode())
         streams[0].seek(0)

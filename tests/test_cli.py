@@ -230,7 +230,7 @@ def test_a_long_prompt_does_not_need_much_memory(tmp_path):
         assert run.returncode == 0, run.stderr
         return float(run.stdout)
 
-    assert peak() < 300 < 1000 < peak(", most_scores=2**40")  # MB
+    assert peak() < 300 < 500 < peak(", most_scores=2**40")  # MB
 
 
 class Terminal:
@@ -564,3 +564,22 @@ def test_random_checkpoint_says_what_does_not_fit(tmp_path):
     for shards, files in ((4, 4), (2, 2)):
         run = subprocess.run([sys.executable, tool, "small", tmp_path / "e", "--shards", str(shards)])
         assert run.returncode == 0 and len(list((tmp_path / "e").glob("*.pth"))) == files
+
+
+def test_all_of_a_conversation_is_in_its_cache(script, monkeypatch):
+    """After three turns, one of them cut short, keys and values are those of one pass over it all."""
+    turns, answer = [], llama.answer
+
+    def watched(ids, cached, cache, model, *rest):
+        new = answer(ids, cached, cache, model, *rest)
+        turns.append((ids + new, cache, model))
+        return new
+
+    monkeypatch.setattr(llama, "answer", watched)
+    typed = "Tell me a story.\nMy name is Ada.\nWhat is my name?\n"
+    result = script("--chat", "--dtype", "float32", "--max-new-tokens", 12, input=typed, terminal=True)
+    assert result.returncode == 0 and len(turns) == 3 and "[cut at" in result.stderr
+    ids, cache, (weights, params, _) = turns[-1]
+    fresh = llama.make_cache(weights, params, 1, len(ids) - 1)
+    llama.prefill(torch.tensor([ids[:-1]]), weights, params, fresh)
+    assert relative_error(cache[..., : len(ids) - 1, :], fresh) < 1e-5
