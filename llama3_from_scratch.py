@@ -484,8 +484,8 @@ def parse_arguments(argv):
             wrong(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be from {low} to {high}")
     if args.system is not None and not args.chat:
         wrong("--system needs --chat")
-    if args.prompts and args.prompt is not None:
-        wrong("a prompt and --prompts exclude each other")
+    if args.prompts and (args.prompt is not None or args.break_at or args.save_trace):
+        wrong("--prompts goes without a prompt, --break-at and --save-trace")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     args.device = args.device or next(device for device in there if there[device])
     if not there[args.device]:
@@ -628,12 +628,12 @@ def run(args):
         lines = [args.prompt or ""]
     else:
         file = open(args.prompts, "rb") if args.prompts not in (None, "-") else sys.stdin.buffer
-        text = file.read().decode("utf-8", "surrogateescape")
-        lines = (text.splitlines() or [""]) if args.prompts else [text.rstrip("\r\n")]
+        text = file.read().decode("utf-8-sig", "surrogateescape").rstrip("\r\n")
+        lines = [line.rstrip("\r") for line in text.split("\n")] if args.prompts else [text]
 
-    def positions(tokenizer):  # how many the cache will have, for the check of memory
-        longest = max(lines, key=len) or "?"
-        return len(prompt_ids(longest, [], tokenizer, args, math.inf)) + args.max_new_tokens
+    def positions(tokenizer, context):  # how many the cache will have, for the check of memory
+        longest = prompt_ids(max(lines, key=len) or "?", [], tokenizer, args, math.inf)
+        return min(len(longest) + args.max_new_tokens, context) * min(len(lines), 32)
 
     dtype = args.dtype and getattr(torch, args.dtype)
     model = weights, params, tokenizer = load_model(

@@ -228,6 +228,18 @@ def test_the_file_that_is_named_is_the_one_that_is_read(model, tmp_path, script)
     assert result.returncode == 2 and result.stderr.startswith("error: ~nobody-has-this-name/x: ")
 
 
+def test_metas_names_under_another_files_name_are_refused(checkpoint, script, model, tmp_path):
+    folder = checkpoint()
+    (folder / "consolidated.00.pth").rename(folder / "model.pth")
+    assert "is one of Meta's names" in error_of(script, folder / "model.pth")
+    params, weights = model()
+    save_pretrained(tmp_path / "hf", weights, params)
+    save_file({name: w.clone() for name, w in weights.items()}, tmp_path / "hf" / "model.safetensors")
+    assert "is one of Meta's names" in error_of(script, tmp_path / "hf")
+    (tmp_path / "hf" / "model-v2.safetensors").write_bytes(b"x")
+    assert "not a file of a checkpoint" in error_of(script, tmp_path / "hf" / "model-v2.safetensors")
+
+
 def test_a_leftover_params_json_does_not_hide_the_other_layout(model, tmp_path):
     params, weights = model()
     save_pretrained(tmp_path / "hf", weights, params)
@@ -674,6 +686,11 @@ HF_DAMAGE = {
     "rope": (config_with(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}), "rope_type is 'yarn'"),
     "rope without factor": (config_with(rope_parameters={"rope_type": "llama3"}), "have no factor"),
     "experts": (config_with(num_local_experts=8), "num_local_experts is 8"),
+    "rope nested": (config_with(rope_parameters={"full_attention": {"rope_type": "llama3"}}), "the RoPE set"),
+    "rope without type": (config_with(rope_parameters={"factor": 8.0}), "rope_type is 'missing'"),
+    "tied text": (config_with(tie_word_embeddings="false"), "tie_word_embeddings is 'false'"),
+    "no model type": (config_with(model_type=None), "model_type is None"),
+    "multiplier": (config_with(residual_multiplier=0.2), "residual_multiplier is 0.2"),
     "bin": (only_bin, "only pytorch_model.bin"),
     "rope text": (config_with(rope_parameters="x"), "the RoPE settings are 'x'"),
     "size": (config_with(hidden_size="64"), "hidden_size is '64'"),

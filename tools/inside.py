@@ -14,6 +14,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from llama3_from_scratch import check_finite, forward, record
 
 
+def is_trace(path):
+    """Is this a file that save_trace wrote?"""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return {"prompt", "params"} <= (file.metadata() or {}).keys()
+    except (OSError, safetensors.SafetensorError):
+        return False
+
+
 @torch.inference_mode()
 def save_trace(path, tokens, weights, params, about):
     """Writes every tensor of one pass over tokens (B T), without a cache, to a .safetensors file.
@@ -23,7 +32,7 @@ def save_trace(path, tokens, weights, params, about):
     trace, dtype, target = {}, str(weights["norm.weight"].dtype).removeprefix("torch."), Path(path).resolve()
     about = about | {"params": json.dumps(params), "dtype": dtype}
     beside = target.with_name(f"{target.name}.part")
-    if target.exists() and (not target.is_file() or target.parent == Path(about["weights"]).resolve()):
+    if target.exists() and not (target.is_file() and is_trace(target)):
         raise ValueError(f"{path}: the trace would take the place of something else")
     try:
         beside.touch()

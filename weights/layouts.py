@@ -50,7 +50,7 @@ META, HUGGING_FACE, RASBT = range(3)
 
 def metas_names(tensors, dialect):
     """The same tensors under Meta's names. A name not in the table stays, for the script to refuse."""
-    table = {names[dialect]: names[META] for names in NAMES}
+    table, metas = {names[dialect]: names[META] for names in NAMES}, {names[META] for names in NAMES}
     renamed = {}
     for name, tensor in tensors.items():
         if name.endswith("rotary_emb.inv_freq"):  # old Hugging Face files hold it; the script computes it
@@ -61,6 +61,10 @@ def metas_names(tensors, dialect):
             if layer
             else name.removesuffix(".weight")
         )
+        if pattern in metas:
+            raise ValueError(
+                f"{name} is one of Meta's names; in Meta's layout the file is consolidated.00.pth"
+            )
         known = table.get(pattern) if name.endswith(".weight") else None
         renamed[f"{known.format(layer and layer[1])}.weight" if known else name] = tensor
     return renamed
@@ -212,7 +216,7 @@ def free_memory(device):
 
 def check_memory(params, numbers, device, itemsize, positions):
     """Weights (so many numbers) and cache of this run, known from headers alone, against what is free."""
-    weights, positions = numbers * itemsize, min(positions, params["max_seq_len"])
+    weights = numbers * itemsize
     cache = params["n_layers"] * 2 * params["n_kv_heads"] * positions * params["head_dim"] * itemsize
     free = free_memory(device)
     if weights + cache > free:
@@ -251,18 +255,23 @@ def understood(params, shards):
 # ------------------------------------------------------------------------------------ Hugging Face
 
 
+ROPE_KEYS = set(
+    "rope_type type rope_theta factor low_freq_factor high_freq_factor original_max_position_embeddings "
+    "partial_rotary_factor".split()
+)
+
+
 def hugging_face_params(path):
     """config.json in either dialect (rope_scaling, or transformers 5's rope_parameters) as Meta's params."""
     config = read_json(path)
     expected = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
     foreign = (
-        "quantization_config vision_config num_local_experts num_experts sliding_window logit_scale".split()
-    )
+        "quantization_config vision_config num_local_experts num_experts sliding_window logit_scale "
+        "logits_scaling residual_multiplier attention_multiplier embedding_multiplier use_qk_norm"
+    ).split()
     for key, value in (expected | dict.fromkeys(foreign) | {"partial_rotary_factor": 1.0}).items():
-        if config.get(key) not in (value, None):
-            raise ValueError(
-                f"{path}: {key} is {repr(config[key])[:60]}, which is not supported"
-            )
+        if config.get(key) not in (value, None, False) or key == "model_type" and config.get(key) is None:
+            raise ValueError(f"{path}: {key} is {repr(config.get(key))[:60]}, which is not supported")
     names = {
         "dim": "hidden_size",
         "n_layers": "num_hidden_layers",
@@ -276,10 +285,13 @@ def hugging_face_params(path):
     }
     given = {ours: config[theirs] for ours, theirs in names.items() if config.get(theirs) is not None}
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"{path}: the RoPE settings are {rope!r}, expected an object")
-    given["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(rope, dict) or not rope.keys() <= ROPE_KEYS:
+        raise ValueError(f"{path}: the RoPE settings are {repr(rope)[:99]}, which is not supported")
+    tied = config.get("tie_word_embeddings") or False
+    if tied not in (True, False):
+        raise ValueError(f"{path}: tie_word_embeddings is {tied!r}, expected true or false")
+    given["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
+    kind = rope.get("rope_type") or rope.get("type") or ("missing" if rope.get("factor") else "default")
     if kind == "llama3":
         for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
             if rope.get(key) is None:
@@ -296,7 +308,7 @@ def hugging_face_params(path):
         raise ValueError(
             f"{path}: rope_type is {kind!r}, which is not supported, only 'default' and 'llama3'"
         )
-    return check_params(given, path, names), config.get("tie_word_embeddings", False)
+    return check_params(given, path, names), tied
 
 
 def open_safetensors(path):
@@ -613,11 +625,11 @@ def find_layouts(path):
 
 def layouts_of_file(file):
     """The layout that a single file belongs to, as in find_layouts."""
-    if file.name.startswith("consolidated.") or file.name == "params.json":
+    if re.fullmatch(r"consolidated\.\d\d\.pth|params\.json", file.name):
         return {"Meta's layout": lambda: open_meta(file.parent)}
     if file.suffix == ".pth":
         return {file.name: lambda: open_rasbt(file)}
-    if file.name == "config.json" or file.name.startswith("model") and ".safetensors" in file.name:
+    if re.fullmatch(r"config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", file.name):
         return {"Hugging Face's layout": lambda: open_hugging_face(file.parent)}
     raise ValueError(f"{file}: not a file of a checkpoint that can be read; .pth and .safetensors can")
 
@@ -626,9 +638,9 @@ def open_checkpoint(path, device="cpu", dtype=None, n_layers=None, rope_scaling_
                     positions=None, force=False):  # fmt: skip
     """Opens what a user points at: a folder in any layout, one file of it, a remote folder.
 
-    positions(tokenizer) says how many the cache will hold; if it and the weights take more memory than is
-    free, ValueError, unless force. Returns params, shards (by file name: tensors by Meta's name), tokenizer,
-    what `load_weights` is to do to each whole tensor (or None), and words for the report.
+    positions(tokenizer, context): how many the cache will hold; if it and the weights take more memory than
+    is free, ValueError, unless force. Returns params, shards (by file name: tensors by Meta's name),
+    tokenizer, what `load_weights` is to do to each whole tensor (or None), and words for the report.
     """
     try:
         local = Path(cached_copy(str(path), cache_dir) if "://" in str(path) else path).expanduser()
@@ -660,5 +672,6 @@ def open_checkpoint(path, device="cpu", dtype=None, n_layers=None, rope_scaling_
         layers = params | {"n_layers": min(n_layers or params["n_layers"], params["n_layers"])}
         kind = dtype or next(iter(shards.values()))["tok_embeddings.weight"].dtype
         numbers = sum(math.prod(shape) for name, shape in weight_shapes(layers).items() if name in held)
-        check_memory(layers, numbers, device, kind.itemsize, positions(tokenizer) if positions else 0)
+        room = positions(tokenizer, params["max_seq_len"]) if positions else 0
+        check_memory(layers, numbers, device, kind.itemsize, room)
     return params, shards, tokenizer, convert, f"{words}, {understood(params, shards)}"
