@@ -15,7 +15,7 @@ top to bottom; the heart is `forward`. The code you read is the code that runs a
     python llama3_from_scratch.py "Once" --temperature 0.8 --top-p 0.9 --seed 1
     python llama3_from_scratch.py "Hello" --weights ~/Llama3.2-1B          real weights, in any layout
     python llama3_from_scratch.py "Hello" --weights ~/Llama3.1-8B --layers 4 --dtype float32
-    python llama3_from_scratch.py "Hello" --show all --max-new-tokens 0    the shapes of all layers, no text
+    python llama3_from_scratch.py "Hello" --weights ~/Llama3.2-1B --compile      faster, once it is compiled
     python llama3_from_scratch.py "Hello" --break-at "layers.0.*.scores"   stop in forward, in the debugger
     python llama3_from_scratch.py "Hello" --save-trace t.safetensors       every tensor of the pass, in a file
 
@@ -43,6 +43,7 @@ from pathlib import Path
 if __name__ == "__main__":  # the next imports take a second, in which Ctrl-C should be as quiet as later
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch would like it, we do not need it
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # Linux: tensors on huge pages, faster to allocate
 import blobfile
 import tiktoken
 import torch
@@ -196,11 +197,9 @@ def encode(tokenizer, text):
     ids = []
     for start in range(0, len(text), 400_000):
         part = text[start : start + 400_000]
-        cuts, end = [0], 0
-        for _, letters in itertools.groupby(part, str.isspace):
-            begin, end = end, end + len(list(letters))
-            cuts += range(begin + 25_000, end, 25_000)
-        for a, b in itertools.pairwise([*cuts, end]):
+        runs = [found.span() for found in re.finditer(r"\S+|\s+", part)]
+        cuts = [n for begin, end in runs for n in range(begin + 25_000, end, 25_000)]
+        for a, b in itertools.pairwise([0, *cuts, len(part)]):
             ids += tokenizer.encode_ordinary(part[a:b])
     return ids
 
@@ -228,7 +227,14 @@ def project(x, w):
 
     The heads' matrices stand one below the other in memory, so one matrix multiplication does all heads.
     """
-    y = x @ w.flatten(0, -2).T
+    rows = w.flatten(0, -2)
+    if torch.compiler.is_compiling() and x.is_cpu and x.shape[:2] == (1, 1):
+        # One token: the same products and sums, in a form that compiles to a loop as fast as memory is read.
+        pieces = (math.gcd(x.shape[-1], 4), -1)  # each row in 4, since sums of long rows compile to slow code
+        products = x.unflatten(-1, pieces).float() * rows.unflatten(-1, pieces).float()
+        y = products.sum(-1).sum(-1).to(x.dtype)[None]
+    else:
+        y = x @ rows.T
     return y if w.dim() == 2 else y.unflatten(-1, w.shape[:2]).transpose(1, 2)
 
 
@@ -268,17 +274,17 @@ def forward(tokens, weights, params, cache=None, positions=None, last=None,
     """Llama 3: token ids (B T) to logits (B T V), or of one token a row, `last` (B), to (B 1 V); float32.
 
     weights: a dict in Meta's names and layout. params: from fill_params. positions (B T, or 1 T for all
-    rows): where the tokens stand, else 0 … T-1. cache (n_layers 2 B K S E, from make_cache): keys and values
-    of earlier tokens; the new ones' are written into it. Without one, S = T. probe(name, dims, tensor) sees
-    each step's result, and what it returns flows on. Source: llama-models, models/llama3/model.py.
+    rows): where the tokens stand, else 0 … T-1. cache (from make_cache): keys and values of earlier tokens at
+    S positions; the new ones' are written into it. Without one, S = T. probe(name, dims, tensor) sees each
+    step's result, and what it returns flows on. Source: llama-models, models/llama3/model.py.
     """
     (B, T), E, eps = tokens.shape, params["head_dim"], params["norm_eps"]
     H, K, G = params["n_heads"], params["n_kv_heads"], params["n_heads"] // params["n_kv_heads"]
     if positions is None:
         positions = torch.arange(T, device=tokens.device)[None]
-    slots = positions if cache is None else torch.arange(cache.shape[-2], device=tokens.device)[None]
+    slots = positions if cache is None else torch.arange(cache[0][0].shape[2], device=tokens.device)[None]
     future, S = slots[:, None, None] > positions[:, None, :, None], slots.shape[-1]  # B 1 T S: not to be seen
-    turns = rope_turns(positions, params)
+    turns, rows = rope_turns(positions, params), torch.arange(B, device=tokens.device)[:, None]
 
     tokens = probe("tokens", "B T", tokens)
     x = probe("tok_embeddings", "B T D", weights["tok_embeddings.weight"][tokens])
@@ -297,13 +303,17 @@ def forward(tokens, weights, params, cache=None, positions=None, last=None,
         q = probe(f"layers.{i}.attention.q_rotated", "B H T E", rotate(q, turns))
         k = probe(f"layers.{i}.attention.k_rotated", "B K T E", rotate(k, turns))
         if cache is not None:  # then k and v are from here on those of all S positions: B K S E
-            at = positions[:, None, :, None].expand_as(k)
-            k, v = cache[i, 0].scatter_(2, at, k), cache[i, 1].scatter_(2, at, v)
+            keys, values = cache[i]
+            keys[rows, :, positions], values[rows, :, positions] = k.transpose(1, 2), v.transpose(1, 2)
+            k, v = keys, values
 
         # How well does each key answer each query? The G heads that share keys form one matrix: no copies.
-        scores = (q.reshape(B, K, G * T, E) @ k.mT / math.sqrt(E)).view(B, H, T, S)
-        scores = probe(f"layers.{i}.attention.scores", "B H T S", scores.masked_fill(future, -math.inf))
-        probs = probe(f"layers.{i}.attention.probs", "B H T S", scores.float().softmax(-1).to(x.dtype))
+        # (Whatever the dtype, softmax computes in float32 and rounds at the end.)
+        q = q.reshape(B, K, G * T, E)
+        scores = q @ k.mT if T > 1 else (k @ q.mT).mT  # for one token, faster: keys are read as they lie
+        scores = torch.where(future, -math.inf, (scores / math.sqrt(E)).reshape(B, H, T, S))
+        scores = probe(f"layers.{i}.attention.scores", "B H T S", scores)
+        probs = probe(f"layers.{i}.attention.probs", "B H T S", scores.softmax(-1))
         heads = (probs.reshape(B, K, G * T, S) @ v).view(B, H, T, E)
         heads = probe(f"layers.{i}.attention.heads", "B H T E", heads)
         out = project(heads.transpose(1, 2).flatten(2), weights[f"layers.{i}.attention.wo.weight"])
@@ -332,27 +342,35 @@ def forward(tokens, weights, params, cache=None, positions=None, last=None,
 # ------------------------------------------------------------------------ sample and generate
 
 
+def up_to(cache, S):
+    """A view of a cache's first S positions."""
+    return [(keys[:, :, :S], values[:, :, :S]) for keys, values in cache]
+
+
 def make_cache(weights, params, B, S):
-    """Room for keys and values at S positions: zeros (n_layers 2 B K S E), in the weights' dtype."""
-    shape = (params["n_layers"], 2, B, params["n_kv_heads"], S, params["head_dim"])
-    return torch.zeros(shape, dtype=weights["norm.weight"].dtype, device=weights["norm.weight"].device)
+    """Room for S positions: a pair (keys, values) of zeros (B K S E) a layer, in the weights' dtype."""
+    like, shape = weights["norm.weight"], (B, params["n_kv_heads"], S + 1, params["head_dim"])
+    cache = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(params["n_layers"])]
+    return up_to(cache, S)  # one is never used: compiled code for a part then serves for the whole
 
 
-@torch.inference_mode()
-def prefill(tokens, weights, params, cache, start=0, lengths=None, watched=forward, most_scores=2**24):
+@torch.no_grad()
+def prefill(tokens, weights, params, cache, start=0, lengths=None, watched=forward, most_tokens=None):
     """Reads tokens (B T) at positions start, start + 1, … into the cache: logits (B 1 V) of the last.
 
-    lengths (B): how many of a row's tokens count; later ones overwrite the rest. Long prompts go in chunks,
-    so that no score matrix (B H T S) passes most_scores numbers. The last chunk runs through `watched`.
+    lengths (B): how many of a row's tokens count; later ones overwrite the rest. It goes in chunks of
+    most_tokens, counted over all rows, or of what suits the memory; the last one runs through `watched`.
     """
     B, T = tokens.shape
     last = torch.full((B,), T - 1, device=tokens.device) if lengths is None else lengths - 1
-    chunk, logits = max(1, most_scores // (B * params["n_heads"] * (start + T))), 0
+    suitable, most_scores = (256, 2**25) if tokens.is_cpu else (4096, 2**28)  # scores: B H T S numbers
+    chunk = min(most_tokens or suitable, most_scores // (params["n_heads"] * (start + T)))
+    chunk, logits = max(1, chunk // B), 0
     for a in range(0, T, chunk):
         b = min(a + chunk, T)
         positions = torch.arange(start + a, start + b, device=tokens.device)[None]
-        step = watched if b == T else forward
-        found = step(tokens[:, a:b], weights, params, cache[..., : start + b, :], positions,
+        read = watched if b == T else forward
+        found = read(tokens[:, a:b], weights, params, up_to(cache, start + b), positions,
                      (last - a).clamp(0, b - a - 1))
         logits = torch.where(last[:, None, None] >= a, found, logits)  # a row's last may be in any chunk
     return logits
@@ -373,20 +391,23 @@ def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
     return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
 
-@torch.inference_mode()
-def generate(logits, weights, params, cache, positions, choose=sample):
+@torch.no_grad()
+def generate(logits, weights, params, cache, positions, choose=sample, step=forward):
     """Yields token ids (B), one after another for each row, until a row's cache is full.
 
     logits (B 1 V): from prefill. positions (B): the first free one of each row. choose: turns logits (B V)
-    into ids (B). Indices of rows that are sent back leave only those rows to go on.
+    into ids (B). step: forward, or it compiled. Indices of rows that are sent back leave only those.
     """
-    for end in range(int(positions.max()) + 1, cache.shape[-2] + 1):
+    for end in range(int(positions.max()) + 1, cache[0][0].shape[2] + 1):
         tokens = choose(logits[:, -1])
         rows = yield tokens
         if rows is not None:
-            tokens, positions, cache = tokens[rows], positions[rows], cache[:, :, rows]
-        logits = forward(tokens[:, None], weights, params, cache[..., :end, :], positions[:, None],
-                         last=torch.zeros_like(positions))
+            tokens, positions = tokens[rows], positions[rows]
+            for kept in itertools.chain(*cache):
+                kept[: len(rows)] = kept[rows]
+            cache = [(keys[: len(rows)], values[: len(rows)]) for keys, values in cache]
+        seen = up_to(cache, math.ceil(end / 128) * 128)  # by the 128: few shapes, so that compiling pays
+        logits = step(tokens[:, None], weights, params, seen, positions[:, None], torch.zeros_like(positions))
         positions = positions + 1
 
 
@@ -468,6 +489,7 @@ def parse_arguments(argv):
     add("--save-trace", metavar="FILE", help="write every tensor of the prompt's pass, as .safetensors")
     add("--break-at", metavar="NAME", action="append", default=[],
         help='stop in the debugger once this tensor exists; "layers.3.*scores" works, and several times')
+    add("--compile", action="store_true", help="compile the step from token to token: see the README")
     add("--layers", metavar="N", type=int, help="run the first N layers only")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="compute in this (default: the weights')")
     add("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
@@ -536,17 +558,8 @@ def load_model(path, device="cpu", dtype=None, n_layers=None, rope_scaling_facto
     return weights, params | {"n_layers": n_layers or of}, tokenizer
 
 
-def typed_prompts():
-    """One prompt after another from a terminal."""
-    print("type a prompt, then Enter; Ctrl-D ends\n> ", end="", file=sys.stderr, flush=True)
-    for line in sys.stdin:
-        if line.strip():
-            yield line.rstrip("\r\n")
-        print("> ", end="", file=sys.stderr, flush=True)
-
-
-def prompt_ids(prompt, said, tokenizer, args, context):
-    """Token ids of a prompt, behind those said in the conversation: one begin_of_text, at the very start.
+def prompt_ids(prompt, tokenizer, args, context, said=()):
+    """Token ids of a prompt, behind those said in a conversation: one begin_of_text, at the very start.
 
     Raises ValueError if it is empty, no UTF-8, or more than the context has room for.
     """
@@ -554,15 +567,13 @@ def prompt_ids(prompt, said, tokenizer, args, context):
         raise ValueError("the prompt is empty")
     if re.search("[\ud800-\udfff]", prompt + (args.system or "")):  # so Python keeps bytes that are no UTF-8
         raise ValueError("the prompt is not valid UTF-8")
-    ids = said or [special(tokenizer, "begin_of_text")]
+    ids = list(said) or [special(tokenizer, "begin_of_text")]
     if args.chat:
         if args.system is not None and not said:
-            ids = ids + chat_message(tokenizer, "system", args.system)
-        if said and said[-1] != special(tokenizer, "eot_id"):
-            ids = ids + [special(tokenizer, "eot_id")]  # the last answer was cut short
-        ids = ids + chat_message(tokenizer, "user", prompt) + chat_message(tokenizer, "assistant")
+            ids += chat_message(tokenizer, "system", args.system)
+        ids += chat_message(tokenizer, "user", prompt) + chat_message(tokenizer, "assistant")
     else:
-        ids = ids + encode(tokenizer, prompt)
+        ids += encode(tokenizer, prompt)
     if len(ids) > context:
         raise ValueError(f"the prompt has {len(ids)} tokens, the context only {context}")
     return ids
@@ -582,17 +593,18 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def answer(ids, cached, cache, model, args, choose, watched, show):
+def answer(ids, cache, model, args, go_on, watched, show, cached=0):
     """Goes on from ids, of which the cache holds the first `cached`: text to stdout, all else to stderr.
 
-    Returns the new ids. All but the last of them are then in the cache.
+    go_on: generate with all its options. watched: forward, or a copy that is looked into. Returns the new
+    ids. All but the last of them are then in the cache.
     """
     weights, params, tokenizer = model
     if show != "none":
         pieces = [f"{token} {tokenizer.decode([token])!r}" for token in ids[cached:][:64]]
         print(f"prompt of {len(ids)} tokens:", *pieces, "…" * (len(ids) > 64), sep="  ", file=sys.stderr)
         watched = functools.partial(watched, probe=show_shapes(show, params, tokenizer))
-    tokens = torch.tensor([ids[cached:]], device=cache.device)
+    tokens = torch.tensor([ids[cached:]], device=args.device)
     started = first = time.perf_counter()
     logits = prefill(tokens, weights, params, cache, cached, watched=watched)
     check_finite(logits, weights)
@@ -600,9 +612,9 @@ def answer(ids, cached, cache, model, args, choose, watched, show):
 
     if not args.chat and sys.stdout.isatty() and sys.stderr.isatty():
         print(tokenizer.decode(ids[1:]), end="", file=sys.stderr, flush=True)  # so that the text reads as one
-    stops, at = stop_ids(tokenizer), torch.tensor([len(ids)], device=cache.device)
+    stops, at = stop_ids(tokenizer), torch.tensor([len(ids)], device=args.device)
     new, decoder = [], codecs.getincrementaldecoder("utf-8")("replace")  # keeps a character back until whole
-    for token in itertools.islice(generate(logits, weights, params, cache, at, choose), args.max_new_tokens):
+    for token in itertools.islice(go_on(logits, weights, params, cache, at), args.max_new_tokens):
         new.append(int(token))
         if len(new) == 1:
             first = time.perf_counter()
@@ -632,16 +644,14 @@ def run(args):
         lines = [line.rstrip("\r") for line in text.split("\n")] if args.prompts else [text]
 
     def positions(tokenizer, context):  # how many the cache will have, for the check of memory
-        longest = prompt_ids(max(lines, key=len) or "?", [], tokenizer, args, math.inf)
+        longest = prompt_ids(max(lines, key=len) or "?", tokenizer, args, math.inf)
         return min(len(longest) + args.max_new_tokens, context) * min(len(lines), 32)
 
-    dtype = args.dtype and getattr(torch, args.dtype)
     model = weights, params, tokenizer = load_model(
-        args.weights, args.device, dtype, args.layers, args.rope_scaling_factor, cache_dir=args.cache_dir,
-        force=args.force, positions=positions)
-    watched = forward
-    if args.break_at:
-        watched = beside("tools/inside.py").forward_with_breakpoints(forward, args.break_at, params)
+        args.weights, args.device, args.dtype and getattr(torch, args.dtype), args.layers,
+        args.rope_scaling_factor, cache_dir=args.cache_dir, force=args.force, positions=positions)
+    inside = beside("tools/inside.py") if args.break_at else None
+    watched = inside.forward_with_breakpoints(forward, args.break_at, params) if inside else forward
     generator = torch.Generator(args.device)
     generator.manual_seed(generator.seed() if args.seed is None else args.seed)
 
@@ -649,28 +659,18 @@ def run(args):
         check_finite(logits, weights)
         return sample(logits, args.temperature, args.top_k, args.top_p, generator)
 
+    step = beside("tools/compiled.py").compiled_step() if args.compile else forward
+    go_on = functools.partial(generate, choose=choose, step=step)
     if args.prompts:
-        return beside("tools/batch.py").answer_all(lines, model, args, choose)
-    said, cache, show = [], make_cache(weights, params, 1, 0), args.show
-    for prompt in typed_prompts() if terminal else lines:
-        cached = max(0, len(said) - 1)  # a conversation goes on in its cache, which lacks only the last token
-        try:
-            ids = prompt_ids(prompt, said, tokenizer, args, params["max_seq_len"])
-        except ValueError as problem:
-            if not terminal:
-                raise
-            print(f"error: {problem}", file=sys.stderr)
-            continue
-        if args.save_trace is not None:
-            about = {"prompt": prompt, "weights": str(args.weights)}
-            tokens = torch.tensor([ids], device=args.device)
-            beside("tools/inside.py").save_trace(args.save_trace, tokens, weights, params, about)
-        needed = min(len(ids) + args.max_new_tokens, params["max_seq_len"])
-        if needed > cache.shape[-2]:
-            before, cache = cache[..., :cached, :], make_cache(weights, params, 1, needed)
-            cache[..., :cached, :] = before
-        new = answer(ids, cached, cache, model, args, choose, watched, show)
-        said, show = ids + new if args.chat else [], "none"  # once is enough
+        return beside("tools/batch.py").answer_all(lines, model, args, go_on)
+    if terminal:
+        return beside("tools/conversation.py").converse(model, args, go_on, watched)
+    ids = prompt_ids(lines[0], tokenizer, args, params["max_seq_len"])
+    if args.save_trace is not None:
+        about, tokens = {"prompt": lines[0], "weights": args.weights}, torch.tensor([ids], device=args.device)
+        beside("tools/inside.py").save_trace(args.save_trace, tokens, weights, params, about)
+    cache = make_cache(weights, params, 1, min(len(ids) + args.max_new_tokens, params["max_seq_len"]))
+    answer(ids, cache, model, args, go_on, watched, args.show)
 
 
 def main(argv=None):

@@ -9,6 +9,8 @@ from random_checkpoint import made_up_tokenizer
 
 import llama3_from_scratch as llama
 
+turn_ids = llama.beside("tools/conversation.py").turn_ids
+
 TEXTS = [
     "Hello, world!",
     " leading and trailing  ",
@@ -155,11 +157,9 @@ def args(**changes):
 
 
 def test_exactly_one_begin_of_text(real):
-    assert llama.prompt_ids("<|begin_of_text|>Hi", [], real, args(), 9999).count(128000) == 1
-    said = llama.prompt_ids("Hi", [], real, args(chat=True, system="Be brief."), 9999)
-    again = llama.prompt_ids(
-        "Hi again", said + [9906, 128009], real, args(chat=True, system="Be brief."), 9999
-    )
+    assert turn_ids("<|begin_of_text|>Hi", [], real, args(), 9999).count(128000) == 1
+    said = turn_ids("Hi", [], real, args(chat=True, system="Be brief."), 9999)
+    again = turn_ids("Hi again", said + [9906, 128009], real, args(chat=True, system="Be brief."), 9999)
     assert said.count(128000) == again.count(128000) == 1 and said[0] == again[0] == 128000
 
 
@@ -178,13 +178,13 @@ def test_chat_format_equals_metas(real, metas):
         for question in ("Hi!", "  spaces \n", "<|eot_id|>", "你好"):
             options = {"chat": True} | ({"system": system} if system else {})
             opening = [("system", system)] if system else []
-            ours = llama.prompt_ids(question, [], real, args(**options), 9999)
+            ours = turn_ids(question, [], real, args(**options), 9999)
             assert ours == meta(*opening, ("user", question))
             answer = llama.encode(real, "An answer.")
             expected = meta(*opening, ("user", question), ("assistant", "An answer."), ("user", "And?"))
-            assert llama.prompt_ids("And?", ours + answer + [128009], real, args(**options), 9999) == expected
+            assert turn_ids("And?", ours + answer + [128009], real, args(**options), 9999) == expected
             assert (
-                llama.prompt_ids("And?", ours + answer, real, args(**options), 9999) == expected
+                turn_ids("And?", ours + answer, real, args(**options), 9999) == expected
             )  # cut short: closed
 
 

@@ -7,17 +7,20 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from llama3_from_scratch import generate, make_cache, prefill, prompt_ids, stop_ids
+from llama3_from_scratch import make_cache, prefill, prompt_ids, stop_ids
 
 
-def answer_all(prompts, model, args, choose, most_rows=32):
-    """Goes on from many prompts, most_rows at a time: one JSON line each on stdout, in their order."""
+def answer_all(prompts, model, args, go_on, most_rows=32):
+    """Goes on from many prompts, most_rows at a time: one JSON line each on stdout, in their order.
+
+    go_on: the script's generate with all its options.
+    """
     weights, params, tokenizer = model
     stops, limit = stop_ids(tokenizer), params["max_seq_len"]
     rows = []
     for n, prompt in enumerate(prompts, 1):
         try:
-            rows.append(prompt_ids(prompt, [], tokenizer, args, limit))
+            rows.append(prompt_ids(prompt, tokenizer, args, limit))
         except ValueError as problem:
             raise ValueError(f"--prompts, line {n}: {problem}") from None
     for a in range(0, len(rows), most_rows):
@@ -27,7 +30,7 @@ def answer_all(prompts, model, args, choose, most_rows=32):
         tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids in batch], device=args.device)
         cache = make_cache(weights, params, len(batch), min(width + args.max_new_tokens, limit))
         logits = prefill(tokens, weights, params, cache, lengths=lengths)
-        steps = generate(logits, weights, params, cache, lengths, choose)
+        steps = go_on(logits, weights, params, cache, lengths)
         new, going, kept = [[] for _ in batch], list(range(len(batch))), None
         while going and args.max_new_tokens:
             try:

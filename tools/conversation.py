@@ -1,0 +1,47 @@
+"""Prompts typed at a terminal, one after another; with --chat a conversation, which goes on in its cache."""
+
+import itertools
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from llama3_from_scratch import answer, make_cache, prompt_ids, special, up_to
+
+
+def typed_prompts():
+    """One prompt after another from a terminal."""
+    print("type a prompt, then Enter; Ctrl-D ends\n> ", end="", file=sys.stderr, flush=True)
+    for line in sys.stdin:
+        if line.strip():
+            yield line.rstrip("\r\n")
+        print("> ", end="", file=sys.stderr, flush=True)
+
+
+def turn_ids(prompt, said, tokenizer, args, context):
+    """The script's prompt_ids behind all that was said; an answer that was cut short is closed first."""
+    if said and said[-1] != special(tokenizer, "eot_id"):
+        said = [*said, special(tokenizer, "eot_id")]
+    return prompt_ids(prompt, tokenizer, args, context, said)
+
+
+def converse(model, args, go_on, watched):
+    """Answers what is typed until the terminal closes. The other arguments are the script's `answer`'s."""
+    weights, params, tokenizer = model
+    if args.save_trace is not None:
+        raise ValueError("--save-trace needs a prompt on the command line")
+    said, cached, cache, show = [], 0, make_cache(weights, params, 1, 0), args.show
+    for prompt in typed_prompts():
+        try:
+            ids = turn_ids(prompt, said, tokenizer, args, params["max_seq_len"])
+        except ValueError as problem:
+            print(f"error: {problem}", file=sys.stderr)
+            continue
+        needed = min(len(ids) + args.max_new_tokens, params["max_seq_len"])
+        if needed > cache[0][0].shape[2]:
+            before, cache = up_to(cache, cached), make_cache(weights, params, 1, needed)
+            for old, new in zip(itertools.chain(*before), itertools.chain(*cache)):
+                new[:, :, :cached] = old
+        new = answer(ids, cache, model, args, go_on, watched, show, cached)
+        show = "none"  # once is enough
+        if args.chat:
+            said, cached = ids + new, len(ids) + len(new) - 1  # the last token has not been read yet
