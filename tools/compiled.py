@@ -8,10 +8,12 @@ import contextlib
 import sys
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import torch
 from torch._dynamo import config, mark_dynamic
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from llama3_from_scratch import forward
@@ -45,7 +47,7 @@ def compiled_step():
     It is compiled for one row when it first sees one, and once for all larger numbers of rows; for any number
     of positions S that the cache shows. Inductor keeps what it made on disk for the next run.
     """
-    code = torch.compile(forward, fullgraph=True)
+    code = torch.compile(forward, fullgraph=True, options={"cpp.enable_floating_point_contract_flag": "fast"})
     compiled, graphs = set(), {}
 
     def step(tokens, weights, params, cache, positions, last):
@@ -62,8 +64,14 @@ def compiled_step():
         compiled.add(many)
         words = "compiling the step for several rows" if many else "compiling the step"
         # Layers are alike: with this each is compiled once, in two thirds of the time.
-        with progress(words), config.patch(use_graph_deduplication=True):
-            return run(tokens, weights, params, cache, positions, last)
+        with progress(words), warnings.catch_warnings(), config.patch(use_graph_deduplication=True):
+            warnings.filterwarnings("ignore", ".*complex operators")  # the rotation stays PyTorch's own
+            try:
+                return run(tokens, weights, params, cache, positions, last)
+            except InductorError as problem:
+                if isinstance(problem.inner_exception, InvalidCxxCompiler):
+                    raise ValueError("--compile needs a C++ compiler such as g++, and finds none") from None
+                raise
 
     def replay(tokens, weights, params, cache, positions, last):
         """The step through a CUDA graph: one for each cache and S, with its own places for what comes in."""

@@ -1,0 +1,86 @@
+"""The compiled step: the same tokens as forward's, compiled once for one row and once for many."""
+
+import pytest
+import torch
+from conftest import relative_error, some_tokens
+from torch._dynamo.utils import counters
+
+import llama3_from_scratch as llama
+
+compiled = llama.beside("tools/compiled.py")
+
+
+def graphs():
+    return counters["stats"]["unique_graphs"]
+
+
+def go_on(params, weights, tokens, new, step, leave=None):
+    """Greedy tokens of each row; leave: at this many new tokens, only the last row goes on."""
+    B, T = tokens.shape
+    cache = llama.make_cache(weights, params, B, T + new)
+    logits = llama.prefill(tokens, weights, params, cache)
+    steps = llama.generate(logits, weights, params, cache, torch.full((B,), T), step=step)
+    found, kept = [], None
+    for n in range(new):
+        found.append(steps.send(kept).tolist())
+        kept = [B - 1] if n == leave else None
+    return found
+
+
+def test_compiled_equals_eager_and_compiles_once(model):
+    """200 tokens, prompts of several lengths, several rows, rows that leave: two compilations in all."""
+    params, weights = model(n_layers=2)
+    torch._dynamo.reset()
+    before, step = graphs(), compiled.compiled_step()
+    for T, new in ((11, 200), (300, 40), (3, 10)):
+        tokens = some_tokens(params, B=1, T=T)
+        expected = go_on(params, weights, tokens, new, llama.forward)
+        assert go_on(params, weights, tokens, new, step) == expected
+    assert graphs() - before == 1
+    for B, T, leave in ((3, 7, 150), (5, 20, None), (2, 140, 3)):
+        tokens = some_tokens(params, B=B, T=T)
+        expected = go_on(params, weights, tokens, 200, llama.forward, leave)
+        assert go_on(params, weights, tokens, 200, step, leave) == expected
+    assert graphs() - before == 2
+
+
+def test_compiled_bfloat16_is_no_worse_than_eager(model):
+    params, exact = model()
+    weights = {name: w.bfloat16() for name, w in exact.items()}
+    exact = {name: w.float() for name, w in weights.items()}
+    tokens, step = some_tokens(params, B=1, T=40), compiled.compiled_step()
+    reference = llama.forward(tokens, exact, params)[:, -1]
+    errors = []
+    for run in (llama.forward, step):
+        cache = llama.make_cache(weights, params, 1, 128)
+        llama.prefill(tokens[:, :-1], weights, params, cache)
+        logits = run(tokens[:, -1:], weights, params, cache, torch.tensor([[39]]), torch.tensor([0]))
+        errors.append(relative_error(logits[:, -1], reference))
+    assert errors[1] < 1.1 * errors[0] < 0.05
+
+
+@pytest.mark.parametrize("D", [1, 6, 64, 100])
+def test_the_form_for_one_token_is_the_same_product(D):
+    torch._dynamo.reset()
+    project = torch.compile(llama.project, fullgraph=True, dynamic=False)
+    x = torch.randn(1, 1, D)
+    for shape in ((32, D), (4, 8, D)):
+        w = torch.randn(shape)
+        torch.testing.assert_close(project(x, w), llama.project(x, w))
+
+
+def test_command_line(script):
+    flags = ["Once upon a time", "--show", "none", "--dtype", "float32", "--max-new-tokens", 40]
+    plain, fast = script(*flags), script(*flags, "--compile")
+    assert fast.returncode == 0 and fast.stdout == plain.stdout
+    assert "compiling the step: " in fast.stderr and "Warning" not in fast.stderr
+    many = script("--prompts", "-", *flags[1:], "--compile", input="Once\nThe cat sat\nOne day\n")
+    assert many.stdout == script("--prompts", "-", *flags[1:], input="Once\nThe cat sat\nOne day\n").stdout
+
+
+def test_without_a_compiler_there_is_one_line(script, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere/g++"))
+    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
+    result = script("Hello", "--show", "none", "--compile", "--layers", 1)
+    assert result.returncode == 2 and "--compile needs a C++ compiler" in result.stderr
