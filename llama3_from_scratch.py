@@ -47,7 +47,7 @@ if __name__ == "__main__":  # the next imports take a second, in which Ctrl-C sh
 import blobfile
 import tiktoken
 import torch
-from torch.nn.functional import silu
+from torch.nn.functional import pad, silu
 
 # ------------------------------------------------------------------------ the checkpoint
 
@@ -342,16 +342,17 @@ def forward(tokens, weights, params, cache=None, positions=None, last=None,
 # ------------------------------------------------------------------------ sample and generate
 
 
-def up_to(cache, S):
-    """A view of a cache's first S positions."""
-    return [(keys[:, :, :S], values[:, :, :S]) for keys, values in cache]
-
-
-def make_cache(weights, params, B, S):
+def make_cache(weights, params, B, S=0):
     """Room for S positions: a pair (keys, values) of zeros (B K S E) a layer, in the weights' dtype."""
-    like, shape = weights["norm.weight"], (B, params["n_kv_heads"], S + 1, params["head_dim"])
-    cache = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(params["n_layers"])]
-    return up_to(cache, S)  # one is never used: compiled code for a part then serves for the whole
+    like, shape = weights["norm.weight"], (B, params["n_kv_heads"], S, params["head_dim"])
+    return [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(params["n_layers"])]
+
+
+def grow(cache, S):
+    """Makes room for S positions in all. Never more than needed: a product with a slice would copy it."""
+    for i, layer in enumerate(cache):
+        if S > layer[0].shape[2]:
+            cache[i] = tuple(pad(x, (0, 0, 0, S - x.shape[2])) for x in layer)
 
 
 @torch.no_grad()
@@ -362,6 +363,7 @@ def prefill(tokens, weights, params, cache, start=0, lengths=None, watched=forwa
     most_tokens, counted over all rows, or of what suits the memory; the last one runs through `watched`.
     """
     B, T = tokens.shape
+    grow(cache, start + T)
     last = torch.full((B,), T - 1, device=tokens.device) if lengths is None else lengths - 1
     suitable, most_scores = (256, 2**25) if tokens.is_cpu else (4096, 2**28)  # scores: B H T S numbers
     chunk = min(most_tokens or suitable, most_scores // (params["n_heads"] * (start + T)))
@@ -370,8 +372,8 @@ def prefill(tokens, weights, params, cache, start=0, lengths=None, watched=forwa
         b = min(a + chunk, T)
         positions = torch.arange(start + a, start + b, device=tokens.device)[None]
         read = watched if b == T else forward
-        found = read(tokens[:, a:b], weights, params, up_to(cache, start + b), positions,
-                     (last - a).clamp(0, b - a - 1))
+        seen = [(keys[:, :, : start + b], values[:, :, : start + b]) for keys, values in cache]
+        found = read(tokens[:, a:b], weights, params, seen, positions, (last - a).clamp(0, b - a - 1))
         logits = torch.where(last[:, None, None] >= a, found, logits)  # a row's last may be in any chunk
     return logits
 
@@ -393,21 +395,20 @@ def sample(logits, temperature=0.0, top_k=0, top_p=1.0, generator=None):
 
 @torch.no_grad()
 def generate(logits, weights, params, cache, positions, choose=sample, step=forward):
-    """Yields token ids (B), one after another for each row, until a row's cache is full.
+    """Yields token ids (B), one after another for each row, until a row has all the context can hold.
 
     logits (B 1 V): from prefill. positions (B): the first free one of each row. choose: turns logits (B V)
     into ids (B). step: forward, or it compiled. Indices of rows that are sent back leave only those.
     """
-    for end in range(int(positions.max()) + 1, cache[0][0].shape[2] + 1):
+    for end in range(int(positions.max()) + 1, params["max_seq_len"] + 1):
         tokens = choose(logits[:, -1])
         rows = yield tokens
         if rows is not None:
             tokens, positions = tokens[rows], positions[rows]
-            for kept in itertools.chain(*cache):
-                kept[: len(rows)] = kept[rows]
-            cache = [(keys[: len(rows)], values[: len(rows)]) for keys, values in cache]
-        seen = up_to(cache, math.ceil(end / 128) * 128)  # by the 128: few shapes, so that compiling pays
-        logits = step(tokens[:, None], weights, params, seen, positions[:, None], torch.zeros_like(positions))
+            cache = [(keys[rows], values[rows]) for keys, values in cache]
+        if end > cache[0][0].shape[2]:
+            grow(cache, min(end + 511, params["max_seq_len"]))
+        logits = step(tokens[:, None], weights, params, cache, positions[:, None], 0 * positions)
         positions = positions + 1
 
 
@@ -669,8 +670,7 @@ def run(args):
     if args.save_trace is not None:
         about, tokens = {"prompt": lines[0], "weights": args.weights}, torch.tensor([ids], device=args.device)
         beside("tools/inside.py").save_trace(args.save_trace, tokens, weights, params, about)
-    cache = make_cache(weights, params, 1, min(len(ids) + args.max_new_tokens, params["max_seq_len"]))
-    answer(ids, cache, model, args, go_on, watched, args.show)
+    answer(ids, make_cache(weights, params, 1), model, args, go_on, watched, args.show)
 
 
 def main(argv=None):

@@ -191,7 +191,7 @@ def test_says_so_when_the_context_is_full(script, checkpoint):
 def test_many_tokens_greedy_equal_the_pass_without_a_cache(model):
     params, weights = model()
     tokens = some_tokens(params, B=2, T=7)
-    cache = llama.make_cache(weights, params, 2, 60)
+    params, cache = params | {"max_seq_len": 60}, llama.make_cache(weights, params, 2)
     logits = llama.prefill(tokens, weights, params, cache)
     new = torch.stack(list(llama.generate(logits, weights, params, cache, torch.tensor([7, 7]))), 1)
     assert new.shape == (2, 53)
@@ -540,11 +540,11 @@ def test_out_of_memory_is_one_line(script, monkeypatch):
     )
 
 
-def test_the_cache_is_allocated_once(script, monkeypatch):
-    sizes, make = [], llama.make_cache
-    monkeypatch.setattr(llama, "make_cache", lambda w, p, B, S: sizes.append(S) or make(w, p, B, S))
+def test_the_cache_grows_in_large_steps(script, monkeypatch):
+    sizes, grow = [], llama.grow
+    monkeypatch.setattr(llama, "grow", lambda cache, S: sizes.append(S) or grow(cache, S))
     script("Once upon a time", "--max-new-tokens", 20)
-    assert sizes == [25]
+    assert sizes == [5, 5 + 512]
 
 
 def test_random_checkpoint_says_what_does_not_fit(tmp_path):
@@ -576,5 +576,6 @@ def test_all_of_a_conversation_is_in_its_cache(script, monkeypatch):
     ids, cache, (weights, params, _) = turns[-1]
     fresh = llama.make_cache(weights, params, 1, len(ids) - 1)
     llama.prefill(torch.tensor([ids[:-1]]), weights, params, fresh)
-    for found, expected in zip(llama.up_to(cache, len(ids) - 1), fresh):
-        assert all(relative_error(a, b) < 1e-5 for a, b in zip(found, expected))
+    for found, expected in zip(cache, fresh):
+        for x, y in zip(found, expected):
+            assert relative_error(x[:, :, : len(ids) - 1], y) < 1e-5

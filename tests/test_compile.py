@@ -17,7 +17,7 @@ def graphs():
 def go_on(params, weights, tokens, new, step, leave=None):
     """Greedy tokens of each row; leave: at this many new tokens, only the last row goes on."""
     B, T = tokens.shape
-    cache = llama.make_cache(weights, params, B, T + new)
+    cache = llama.make_cache(weights, params, B)
     logits = llama.prefill(tokens, weights, params, cache)
     steps = llama.generate(logits, weights, params, cache, torch.full((B,), T), step=step)
     found, kept = [], None
@@ -32,7 +32,7 @@ def test_compiled_equals_eager_and_compiles_once(model):
     params, weights = model(n_layers=2)
     torch._dynamo.reset()
     before, step = graphs(), compiled.compiled_step()
-    for T, new in ((11, 200), (300, 40), (3, 10)):
+    for T, new in ((11, 200), (300, 40), (3, 10), (500, 600)):
         tokens = some_tokens(params, B=1, T=T)
         expected = go_on(params, weights, tokens, new, llama.forward)
         assert go_on(params, weights, tokens, new, step) == expected

@@ -218,12 +218,12 @@ def test_rows_of_different_lengths_run_together(model):
     tokens = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=5)
     alone = []
     for prompt in prompts:
-        cache = llama.make_cache(weights, params, 1, len(prompt) + 30)
+        cache = llama.make_cache(weights, params, 1)
         logits = llama.prefill(prompt[None], weights, params, cache)
         steps = llama.generate(logits, weights, params, cache, torch.tensor([len(prompt)]))
-        alone.append([int(step) for step in steps])
+        alone.append([int(next(steps)) for _ in range(31)])
     for most_tokens in (None, 5 * 4):
-        cache = llama.make_cache(weights, params, 5, 41)
+        cache = llama.make_cache(weights, params, 5)
         logits = llama.prefill(tokens, weights, params, cache, lengths=lengths, most_tokens=most_tokens)
         steps = llama.generate(logits, weights, params, cache, lengths)
         rows, new, keep = list(range(5)), [[] for _ in prompts], None

@@ -28,7 +28,7 @@ def answer_all(prompts, model, args, go_on, most_rows=32):
         lengths = torch.tensor([len(ids) for ids in batch], device=args.device)
         width = int(lengths.max())
         tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids in batch], device=args.device)
-        cache = make_cache(weights, params, len(batch), min(width + args.max_new_tokens, limit))
+        cache = make_cache(weights, params, len(batch))
         logits = prefill(tokens, weights, params, cache, lengths=lengths)
         steps = go_on(logits, weights, params, cache, lengths)
         new, going, kept = [[] for _ in batch], list(range(len(batch))), None

@@ -43,7 +43,7 @@ def ours(folder, device, compiled=False):
 
     weights, params, _ = llama.load_model(folder, device)
     step = compiling.compiled_step() if compiled else llama.forward
-    state = {"cache": llama.make_cache(weights, params, 1, 1024)}
+    state = {"cache": llama.make_cache(weights, params, 1)}
 
     def prefill(ids):
         tokens = torch.tensor([ids], device=device)
@@ -459,9 +459,8 @@ def rows_and_positions(folder, device, rounds, shapes):
                 for n in range(8 if B * S < 10_000 else 4):
                     tokens = torch.full((B, 1), 65 + n, device=device)
                     at = torch.full((B, 1), S + n, device=device)
-                    seen = llama.up_to(cache, S + 16)
                     started = time.perf_counter()
-                    step(tokens, weights, params, seen, at, torch.zeros_like(at[:, 0])).argmax().item()
+                    step(tokens, weights, params, cache, at, torch.zeros_like(at[:, 0])).argmax().item()
                     times.append(time.perf_counter() - started)
                 if turn:
                     found.setdefault((name, B, S), []).append(statistics.median(times[1:]))
@@ -476,7 +475,8 @@ def long_prompt(folder, device, length):
     started = time.perf_counter()
     llama.prefill(tokens, weights, params, cache).argmax().item()
     seconds = time.perf_counter() - started
-    return {"seconds": seconds, "beyond": llama.peak_memory(device) - held(weights) - held_by_cache(cache)}
+    peak = llama.peak_memory(device) if device == "cuda" else memory("VmHWM")
+    return {"seconds": seconds, "beyond": peak - held(weights) - held_by_cache(cache)}
 
 
 def held(weights):
@@ -530,7 +530,7 @@ def report_side_by_side(found, bandwidths, rate, size, flops):
     reach = [b * 1e9 / size for b in bandwidths]
     yield f"Read bandwidth {spread(bandwidths)} GB/s: at most {spread(reach)} tokens a second for one row of"
     yield f"{size / 1e9:.2f} GB. Matrix products {rate / 1e3:.2f} TFLOP/s: at most {rate * 1e9 / flops:.0f}"
-    yield "tokens of prompt a second. Medians, in brackets the range; ratios are medians of the turns' ratios."
+    yield "tokens of prompt a second. Medians, in brackets the range; ratios: medians over turns."
     yield ""
     heads = ["", "prefill 128, tok/s", "prefill 512, tok/s", "decode, tok/s", "eager / it", "compiled / it"]
     heads += ["of the bandwidth", "same tokens as compiled", "memory beyond weights"]
@@ -568,7 +568,7 @@ def chart(found, reach, path):
         axis.set_xlim(0, max([*values, reach if what == "decode" else 0]) * 1.2)
         if what == "decode":
             axis.axvline(reach, color="black", linestyle=":", linewidth=1)
-            axis.annotate("bandwidth", (reach, -0.45), rotation=90, fontsize=7, ha="right", va="bottom")
+            axis.set_title(f"{what}, tokens a second (dotted: bandwidth)", fontsize=10)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
 

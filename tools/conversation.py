@@ -1,11 +1,10 @@
 """Prompts typed at a terminal, one after another; with --chat a conversation, which goes on in its cache."""
 
-import itertools
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from llama3_from_scratch import answer, make_cache, prompt_ids, special, up_to
+from llama3_from_scratch import answer, make_cache, prompt_ids, special
 
 
 def typed_prompts():
@@ -29,18 +28,13 @@ def converse(model, args, go_on, watched):
     weights, params, tokenizer = model
     if args.save_trace is not None:
         raise ValueError("--save-trace needs a prompt on the command line")
-    said, cached, cache, show = [], 0, make_cache(weights, params, 1, 0), args.show
+    said, cached, cache, show = [], 0, make_cache(weights, params, 1), args.show
     for prompt in typed_prompts():
         try:
             ids = turn_ids(prompt, said, tokenizer, args, params["max_seq_len"])
         except ValueError as problem:
             print(f"error: {problem}", file=sys.stderr)
             continue
-        needed = min(len(ids) + args.max_new_tokens, params["max_seq_len"])
-        if needed > cache[0][0].shape[2]:
-            before, cache = up_to(cache, cached), make_cache(weights, params, 1, needed)
-            for old, new in zip(itertools.chain(*before), itertools.chain(*cache)):
-                new[:, :, :cached] = old
         new = answer(ids, cache, model, args, go_on, watched, show, cached)
         show = "none"  # once is enough
         if args.chat:

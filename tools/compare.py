@@ -1,0 +1,675 @@
+"""Where does a port of Llama 3 first go wrong, and what mistake looks like that?
+
+    python tools/compare.py theirs.safetensors                       the prompt's ids are in the file
+    python tools/compare.py theirs.safetensors --weights ~/Llama3.2-1B --prompt "Once upon a time"
+    python tools/compare.py theirs.safetensors --map names.json --json
+
+theirs.safetensors holds tensors that another implementation computed, any of the names that the script traces
+(`--save-trace` writes all of them); names.json maps its names to these. The script's forward runs on the same
+weights and tokens, every tensor is compared in the order of the pass, and for the first that differs, known
+mistakes are made on purpose, one after another, to see which of them gives the other file's tensors.
+
+Exit code: 0 if all agrees, 1 if something differs, 2 if the input is wrong.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import safetensors
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from llama3_from_scratch import (
+    encode,
+    forward,
+    load_model,
+    project,
+    rope_turns,
+    rotate,
+    special,
+)
+
+# ------------------------------------------------------------------------------------ known mistakes
+# A mistake changes what goes into forward (params, weights, tokens, positions), or gives a probe
+# inject(name, x, seen, run) that returns the wrong tensor in place of x, or None to leave it; seen holds the
+# tensors of the pass so far, run what the pass was started with. Names lose their "layers.{i}." before the
+# call, seen is that layer's.
+
+HALVES, PAIRS = "half-split", "interleaved"
+
+
+def to_halves(x):
+    """Numbers of each head from interleaved pairs to half-split ones: 0 1 2 3 4 5 to 0 2 4 1 3 5."""
+    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+
+
+def to_pairs(x):
+    return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+
+
+def turns_of(run, positions=None):
+    positions = torch.arange(run["tokens"].shape[1])[None] if positions is None else positions
+    return rope_turns(positions, run["params"])
+
+
+def rotated(how):
+    """A mistake in the rotation: how(x, turns) in place of rotate, for q and k."""
+
+    def inject(name, x, seen, run):
+        if name in ("attention.q_rotated", "attention.k_rotated"):
+            return how(seen[name.removesuffix("_rotated")], turns_of(run))
+
+    return {"inject": inject}
+
+
+def bfloat16_table(x, turns):
+    return rotate(x, torch.view_as_complex(torch.view_as_real(turns).bfloat16().float()))
+
+
+def rope_on_v(name, x, seen, run):
+    if name == "attention.v":
+        return rotate(x, turns_of(run))
+
+
+def no_rope_on_k(name, x, seen, run):
+    if name == "attention.k_rotated":
+        return seen["attention.k"]
+
+
+def repeated(x, run, tiled=False):
+    """Keys or values for each query head: B K T E to B H T E."""
+    G = run["params"]["n_heads"] // run["params"]["n_kv_heads"]
+    return x.repeat(1, G, 1, 1) if tiled else x.repeat_interleave(G, 1)
+
+
+def all_scores(seen, run, k=None):
+    """Scores without a mask."""
+    q, k = seen["attention.q_rotated"], repeated(seen["attention.k_rotated"], run) if k is None else k
+    return q @ k.mT / math.sqrt(q.shape[-1])
+
+
+def future(x, offset=0):
+    """Which scores are of later tokens; with an offset, tokens that stand so much further."""
+    T, S = x.shape[-2:]
+    return torch.arange(S)[None] > torch.arange(T)[:, None] + offset
+
+
+def mask(offset=None):
+    """The mask forgotten, or one token off."""
+
+    def inject(name, x, seen, run):
+        if name == "attention.scores":
+            scores = all_scores(seen, run)
+            if offset is None:
+                return scores
+            hidden = scores.masked_fill(future(scores, offset), -math.inf)
+            hidden[..., 0, :] = torch.where(
+                hidden[..., 0, :].isfinite().any(-1, True), hidden[..., 0, :], -1e9
+            )
+            return hidden
+
+    return {"inject": inject}
+
+
+def mask_after_softmax(name, x, seen, run):
+    if name == "attention.scores":
+        return all_scores(seen, run)
+    if name == "attention.probs":
+        return x.masked_fill(future(x), 0)
+
+
+def scaled(factor):
+    def inject(name, x, seen, run):
+        if name == "attention.scores":
+            return x * factor(run["params"])
+
+    return {"inject": inject}
+
+
+def softmax_over(dim):
+    def inject(name, x, seen, run):
+        if name == "attention.probs":
+            return seen["attention.scores"].float().softmax(dim).nan_to_num().to(x.dtype)
+
+    return {"inject": inject}
+
+
+def tiled_heads(name, x, seen, run):
+    if name == "attention.scores":
+        scores = all_scores(seen, run, repeated(seen["attention.k_rotated"], run, tiled=True))
+        return scores.masked_fill(future(scores), -math.inf)
+    if name == "attention.heads":
+        return seen["attention.probs"] @ repeated(seen["attention.v"], run, tiled=True)
+
+
+def late_cache(name, x, seen, run):
+    """Each key and value stands one slot too far: a token sees a slot of zeros, and not itself."""
+
+    def late(x):
+        return torch.nn.functional.pad(repeated(x, run), (0, 0, 1, 0))[:, :, :-1]
+
+    if name == "attention.scores":
+        scores = all_scores(seen, run, late(seen["attention.k_rotated"]))
+        return scores.masked_fill(future(scores), -math.inf)
+    if name == "attention.heads":
+        return seen["attention.probs"] @ late(seen["attention.v"])
+
+
+def norms(how):
+    """Another norm: how(x, weight, eps) in place of rms_norm."""
+    source = {"attention_norm": "in", "ffn_norm": "after_attention", "norm": "in"}
+
+    def inject(name, x, seen, run):
+        if name in source:
+            weight = run["weights"][f"{seen['layer']}{name}.weight"]
+            return how(seen[source[name]], weight, run["params"]["norm_eps"])
+
+    return {"inject": inject}
+
+
+def layer_norm(x, weight, eps):
+    return torch.nn.functional.layer_norm(x, weight.shape, weight, None, eps)
+
+
+def norm_in_bfloat16(x, weight, eps):
+    h = x.bfloat16()
+    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def activation(how):
+    def inject(name, x, seen, run):
+        if name == "feed_forward.gate":
+            return how(project(seen["ffn_norm"], run["weights"][f"{seen['layer']}feed_forward.w1.weight"]))
+
+    return {"inject": inject}
+
+
+def hidden(how):
+    def inject(name, x, seen, run):
+        if name == "feed_forward.hidden":
+            return how(seen["feed_forward.gate"], seen["feed_forward.up"])
+
+    return {"inject": inject}
+
+
+def residual(attention=None, ffn=None):
+    """attention, ffn: the name of what is added to the output in place of the residual stream, or ""."""
+
+    def inject(name, x, seen, run):
+        for place, out, other in (
+            ("after_attention", "attention.out", attention),
+            ("out", "feed_forward.out", ffn),
+        ):
+            if name == place and other is not None:
+                return seen[out] + seen[other] if other else seen[out]
+
+    return {"inject": inject}
+
+
+def no_final_norm(name, x, seen, run):
+    if name == "norm":
+        return seen["in"]
+
+
+def weights(change):
+    """change(name, w, weights) gives another tensor for a weight, or None."""
+
+    def changed(held):
+        new = {name: change(name, w, held) for name, w in held.items()}
+        return {name: held[name] if w is None else w for name, w in new.items()}
+
+    return {"weights": changed}
+
+
+def params(**changes):
+    return {"params": lambda held: held | changes}
+
+
+def other(name, w, held):
+    """The weight that w1 or w3 is taken for."""
+    for a, b in (("w1", "w3"), ("w3", "w1")):
+        if name.endswith(f"feed_forward.{a}.weight"):
+            return held[name.replace(a, b)]
+
+
+def transposed(part):
+    def change(name, w, held):
+        if name.endswith(f"{part}.weight") and w.shape[0] == w.shape[1]:
+            return w.T.contiguous()
+
+    return weights(change)
+
+
+def norm_weights(how):
+    return weights(lambda name, w, held: how(w) if name.endswith("norm.weight") else None)
+
+
+def rotate_half(x, turns):
+    """Interleaved weights, but the first half of a head rotated against the second."""
+    return to_halves(rotate(to_pairs(x), turns))
+
+
+def rotate_pairs_of_halves(x, turns):
+    """Half-split weights, as in Hugging Face's files, but neighbours rotated against each other."""
+    return to_pairs(rotate(to_halves(x), turns))
+
+
+MISTAKES = {  # what it is: (how it is made, the mend)
+    "you rotate half-split pairs on interleaved weights": (
+        rotated(rotate_half),
+        "Meta's wq and wk hold neighbouring pairs (0,1), (2,3), …: rotate those, or permute the weights",
+    ),
+    "you rotate interleaved pairs on half-split weights": (
+        rotated(rotate_pairs_of_halves),
+        "Hugging Face's q_proj and k_proj pair number i with i + E/2: rotate those, or permute the weights",
+    ),
+    "positions start at 1": ({"positions": lambda at: at + 1}, "the first token stands at position 0"),
+    "rope_theta is 10000": (params(rope_theta=10000.0), "take rope_theta from params.json"),
+    "RoPE scaling is off": (params(use_scaled_rope=False), "from Llama 3.1 on frequencies are scaled"),
+    "the RoPE scaling factor is 8": (
+        params(rope_scaling_factor=8),
+        "this model wants {rope_scaling_factor:g}: 3.2 1B and 3B have 32",
+    ),
+    "the RoPE scaling factor is 32": (
+        params(rope_scaling_factor=32),
+        "this model wants {rope_scaling_factor:g}: only 3.2 1B and 3B have 32",
+    ),
+    "the RoPE table is in bfloat16": (rotated(bfloat16_table), "keep cos and sin in float32"),
+    "the rotation goes the wrong way": (
+        rotated(lambda x, turns: rotate(x, turns.conj())),
+        "(a, b) becomes (a cos - b sin, a sin + b cos)",
+    ),
+    "RoPE is applied to v too": ({"inject": rope_on_v}, "rotate q and k alone"),
+    "RoPE is not applied to k": ({"inject": no_rope_on_k}, "rotate k as q"),
+    "scores are not divided by sqrt(E)": (
+        scaled(lambda p: math.sqrt(p["head_dim"])),
+        "divide q @ k by the square root of the head dim",
+    ),
+    "scores are divided by sqrt(D)": (
+        scaled(lambda p: math.sqrt(p["head_dim"] / p["dim"])),
+        "the head dim's square root, not the model dim's",
+    ),
+    "there is no causal mask": (mask(), "set scores of later tokens to -inf before the softmax"),
+    "the mask lets each token see the next one": (mask(1), "the diagonal is the last that is seen"),
+    "the mask hides each token from itself": (mask(-1), "the diagonal is to be seen"),
+    "the mask is applied after the softmax": (
+        {"inject": mask_after_softmax},
+        "mask the scores, not the probs",
+    ),
+    "softmax goes over the queries": (softmax_over(-2), "softmax over the last axis, the keys"),
+    "softmax goes over the heads": (softmax_over(1), "softmax over the last axis, the keys"),
+    "key/value heads are tiled, not interleaved": (
+        {"inject": tiled_heads},
+        "query head h reads key/value head h // G (repeat_interleave, not repeat)",
+    ),
+    "norm eps is 1e-6": (params(norm_eps=1e-6), "take norm_eps from params.json"),
+    "norms are computed in bfloat16": (norms(norm_in_bfloat16), "square and average in float32"),
+    "norm weights are forgotten": (norm_weights(torch.ones_like), "multiply by the weight after the norm"),
+    "norm weights have 1 added": (norm_weights(lambda w: w + 1), "that is Gemma's; Llama multiplies by w"),
+    "LayerNorm in place of RMSNorm": (norms(layer_norm), "RMSNorm does not subtract the mean"),
+    "w1 and w3 are swapped": (weights(other), "silu(w1 x) * w3 x: gate_proj is w1, up_proj is w3"),
+    "GELU in place of SiLU": (activation(torch.nn.functional.gelu), "the gate is silu(w1 x)"),
+    "tanh GELU in place of SiLU": (
+        activation(lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
+        "the gate is silu(w1 x)",
+    ),
+    "ReLU in place of SiLU": (activation(torch.relu), "the gate is silu(w1 x)"),
+    "gate and up are added, not multiplied": (hidden(lambda gate, up: gate + up), "hidden = gate * up"),
+    "up is left out": (hidden(lambda gate, up: gate), "hidden = gate * up"),
+    "the gate is left out": (hidden(lambda gate, up: up), "hidden = gate * up"),
+    "residuals are taken after the norm": (
+        residual("attention_norm", "ffn_norm"),
+        "add the block's output to its input before the norm",
+    ),
+    "the residual is forgotten": (residual("", ""), "add the block's input to its output"),
+    "the residual around attention is forgotten": (residual(""), "add the block's input to its output"),
+    "the residual around the feed-forward is forgotten": (
+        residual(ffn=""),
+        "add the block's input to its output",
+    ),
+    "the final norm is forgotten": ({"inject": no_final_norm}, "norm.weight comes before the output head"),
+    "the embedding is used as the output head": (
+        weights(lambda name, w, held: held["tok_embeddings.weight"] if name == "output.weight" else None),
+        "this model is not tied: use output.weight (lm_head)",
+    ),
+    "the KV cache is written one position late": ({"inject": late_cache}, "token p goes into slot p"),
+    **{
+        f"{part} is transposed": (transposed(part), "weights are (out, in): y = x @ w.T")
+        for part in ("wq", "wk", "wv", "wo")
+    },
+}
+
+
+def make(names, tokens, held, sizes):
+    """The trace of forward with some mistakes: by name what flowed on, and what was there."""
+    run = {"tokens": tokens, "weights": held, "params": sizes}
+    positions, injections = torch.arange(tokens.shape[1])[None], []
+    for name in names:
+        how = MISTAKES[name][0]
+        run["weights"] = how.get("weights", lambda x: x)(run["weights"])
+        run["params"] = how.get("params", lambda x: x)(run["params"])
+        positions = how.get("positions", lambda x: x)(positions)
+        if "inject" in how:
+            injections.append(how["inject"])
+    trace, seen = {}, {"layer": "", "in": None}
+
+    def probe(name, dims, x):
+        layer = re.match(r"layers\.\d+\.", name)
+        short = name.removeprefix(layer[0]) if layer else name
+        if layer and layer[0] != seen["layer"]:
+            stream = seen["out"] if seen["layer"] else seen["tok_embeddings"]
+            seen.clear()
+            seen.update({"layer": layer[0], "in": stream})
+        if short == "norm":
+            seen.update({"layer": "", "in": seen["out"]})
+        found = [x]
+        for inject in injections:
+            wrong = inject(short, found[-1], seen, run)
+            if wrong is not None:
+                found.append(wrong.to(x.dtype))
+        seen[short] = found[-1]
+        trace[name] = found[::-1]
+        return found[-1]
+
+    forward(tokens, run["weights"], run["params"], positions=positions, probe=probe)
+    return trace
+
+
+# ------------------------------------------------------------------------------------ comparing two tensors
+
+
+def readings(name, theirs, ours, G):
+    """Ways in which a tensor can be laid out that make no difference: (words, theirs, ours) of one shape."""
+    found, heads = [((), theirs, ours)], ours.dim() == 4
+    B, T = ours.shape[0], ours.shape[-2] if not name.endswith(("scores", "probs")) else ours.shape[-1]
+
+    def also(words, change):
+        for said, x, y in list(found):
+            try:
+                result = change(x, y)
+            except (RuntimeError, IndexError, ValueError):
+                continue  # it cannot be read so
+            if result is not None:
+                found.append(((*said, words), *(result if isinstance(result, tuple) else (result, y))))
+
+    if B == 1:
+        also("without a batch axis", lambda x, y: x[None] if x.dim() < y.dim() else None)
+    if name in ("norm", "logits"):
+        also(
+            "of the last position only", lambda x, y: (x, y[:, -1:]) if x.shape[1:2] != y.shape[1:2] else None
+        )
+        also("of the last position only", lambda x, y: (x[:, None], y[:, -1:]) if x.dim() == 2 else None)
+    if heads and name.endswith(("scores", "probs")):
+        also("heads in groups", lambda x, y: x.flatten(1, 2) if x.dim() == 5 else None)
+        also("with slots to spare", lambda x, y: x[..., :T] if x.dim() == 4 and x.shape[-1] > T else None)
+    elif heads:
+        H, E = ours.shape[1], ours.shape[3]
+        for n in {H, H * G}:
+            also(
+                "heads side by side",
+                lambda x, y, n=n: (
+                    x.unflatten(-1, (n, E)).transpose(1, 2) if x.shape[-1] == n * E != E else None
+                ),
+            )
+        also("positions before heads", lambda x, y: x.transpose(1, 2) if x.dim() == 4 else None)
+        also("grouped", lambda x, y: x.flatten(1, 2) if x.dim() == 5 else None)
+        if G > 1 and name.endswith(("k", "v", "k_rotated")):
+            also(
+                "repeated for each query head",
+                lambda x, y: x[:, ::G] if x.shape[1] == H * G and same_in_groups(x, G) else None,
+            )
+        if name.endswith(("q", "k", "_rotated")):
+            also("half-split pairs", lambda x, y: to_pairs(x))
+    return [(said, x, y) for said, x, y in found if x.shape == y.shape]
+
+
+def same_in_groups(x, G):
+    x = x.unflatten(1, (-1, G))
+    return torch.equal(x, x[:, :, :1].expand_as(x))
+
+
+def difference(x, y):
+    """Relative and largest absolute error of x, where it is, and the cosine. -inf agrees with -inf alone."""
+    x, y = x.double(), y.double()
+    x = torch.where((y == -math.inf) & (x < -1e4), -math.inf, x)  # masks are often large negative numbers
+    same = (x == y) & x.isinf()
+    x, y = x.masked_fill(same, 0), y.masked_fill(same, 0)
+    apart = (x - y).abs()
+    place = [int(n) for n in torch.unravel_index(apart.argmax(), apart.shape)]
+    worst = apart.max().item()
+    relative = (apart.norm() / y.norm().clamp_min(1e-30)).item() if math.isfinite(worst) else math.inf
+    cosine = torch.nn.functional.cosine_similarity(x.flatten(), y.flatten(), 0).item()
+    return {"relative": relative, "absolute": worst, "at": place, "cosine": cosine}
+
+
+def best_reading(name, theirs, candidates, G, tolerance):
+    """The difference of theirs to the nearest of some tensors, read in the way that comes nearest."""
+    best = None
+    for ours in candidates:
+        for said, x, y in readings(name, theirs, ours, G):
+            found = difference(x, y) | {"layout": ", ".join(said)}
+            if best is None or found["relative"] < best["relative"]:
+                best = found
+            if best["relative"] <= tolerance:
+                return best
+    if best is None:
+        shapes = f"{tuple(theirs.shape)}, expected {tuple(candidates[0].shape)}"
+        raise ValueError(f"{name} has shape {shapes}: of another model, or of other tokens")
+    return best
+
+
+def compare(theirs, trace, tolerances, G):
+    """Differences by name, in the order of the pass, of the names that are in both."""
+    return {
+        name: best_reading(name, theirs[name], candidates, G, tolerances[name])
+        for name, candidates in trace.items()
+        if name in theirs
+    }
+
+
+def first_difference(found, tolerances):
+    return next((name for name, d in found.items() if d["relative"] > tolerances[name]), None)
+
+
+# ------------------------------------------------------------------------------------ what it looks like
+
+
+def layers_until(name, params):
+    """Params of a model cut after the layer of a tensor: what is needed to see whether it is explained."""
+    found = re.match(r"layers\.(\d+)\.", name)
+    return params | {"n_layers": min(params["n_layers"], int(found[1]) + 2)} if found else params
+
+
+def diagnose(theirs, tokens, weights, params, tolerances, most=3):
+    """Which known mistakes, one after another, give the other file's tensors?
+
+    Returns a list of steps: {"first": name of the first tensor that differs, "mistakes": those that explain
+    it, best first, "until": what differs next or None}. The last step has no mistakes if nothing explains it.
+    """
+    G, made, steps = params["n_heads"] // params["n_kv_heads"], [], []
+    names = list(tolerances)
+
+    def place(name):
+        return math.inf if name is None else names.index(name)
+
+    first = first_difference(compare(theirs, make([], tokens, weights, params), tolerances, G), tolerances)
+    while first is not None and len(steps) < most:
+        explained, cut = {}, layers_until(first, params)
+        for name in MISTAKES:
+            if name in made:
+                continue
+            trace = make([*made, name], tokens, weights, cut)
+            until = first_difference(compare(theirs, trace, tolerances, G), tolerances)
+            if place(until) > place(first):
+                if cut is not params:
+                    trace = make([*made, name], tokens, weights, params)
+                    until = first_difference(compare(theirs, trace, tolerances, G), tolerances)
+                explained[name] = until
+        furthest = max((place(until) for until in explained.values()), default=0)
+        mistakes = [name for name, until in explained.items() if place(until) == furthest]
+        until = explained[mistakes[0]] if mistakes else None
+        steps.append({"first": first, "mistakes": mistakes, "until": until})
+        if not mistakes:
+            break
+        made.append(mistakes[0])
+        first = until
+    return steps
+
+
+# ------------------------------------------------------------------------------------ the command line
+
+
+def read_theirs(path, names):
+    """Tensors and metadata of their file, under our names; ValueError in one line if it cannot be used."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            about = file.metadata() or {}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, safetensors.SafetensorError) as problem:
+        raise ValueError(f"{path}: not a safetensors file ({problem})") from None
+    theirs = {names.get(name, name): tensor for name, tensor in held.items()}
+    for name, tensor in theirs.items():
+        if tensor.isnan().any():
+            raise ValueError(f"{path}: {name} holds NaN")
+    return theirs, about
+
+
+def reference_tokens(args, theirs, about, tokenizer, params):
+    """Token ids (1 T) to compare with, and words on what is odd about theirs."""
+    begin, given = special(tokenizer, "begin_of_text"), theirs.pop("tokens", None)
+    given = None if given is None else given.long().flatten().tolist()
+    prompt = args.prompt if args.prompt is not None else about.get("prompt")
+    if prompt is None and given is None:
+        raise ValueError("which tokens? The file has no tensor called tokens; --prompt gives the text")
+    expected = None
+    if prompt is not None and not (args.prompt is None and given is not None):
+        ids = [begin, *encode(tokenizer, prompt)]
+        lengths = {x.shape[-2] for name, x in theirs.items() if name == "tok_embeddings" or "_norm" in name}
+        expected = ids
+        if given is None and lengths:
+            given = {len(ids) - 1: ids[1:], len(ids) + 1: [begin, *ids]}.get(lengths.pop(), ids)
+    ids = given or expected
+    if not ids or not all(0 <= n < params["vocab_size"] for n in ids):
+        raise ValueError(f"the tokens are not those of this model: {ids[:8]}")
+    words = None
+    if ids[0] != begin:
+        words = "the tokens do not begin with <|begin_of_text|> (no BOS)"
+    elif ids[1:2] == [begin]:
+        words = "the tokens begin with <|begin_of_text|> twice (two BOS)"
+    if expected is not None and ids != expected and words is None:
+        n = next((n for n, (a, b) in enumerate(zip(ids, expected)) if a != b), min(len(ids), len(expected)))
+        words = f"the tokens are not those of the prompt, from position {n} on"
+    return torch.tensor([ids]), words
+
+
+def run(args):
+    names = {}
+    if args.map:
+        try:
+            names = json.loads(Path(args.map).read_text(encoding="utf-8"))
+            if not all(isinstance(x, str) for x in (*names, *names.values())):
+                raise ValueError("expected an object from their names to ours")
+        except (OSError, ValueError, TypeError, AttributeError) as problem:
+            raise ValueError(f"{args.map}: {problem}") from None
+    theirs, about = read_theirs(args.theirs, names)
+    weights, params, tokenizer = load_model(args.weights, dtype=torch.float32)
+    tokens, odd = reference_tokens(args, theirs, about, tokenizer, params)
+    G = params["n_heads"] // params["n_kv_heads"]
+    with torch.no_grad():
+        trace = make([], tokens, weights, params)
+        known = [name for name in trace if name in theirs]
+        if not known:
+            raise ValueError(
+                f"{args.theirs}: no tensor has a name that the script traces (such as {list(trace)[2]}); it "
+                f"holds {', '.join(list(theirs)[:4]) or 'nothing'}; --map FILE.json gives names"
+            )
+        tolerances = tolerances_of(args, theirs, trace, tokens, weights, params, G)
+        found = compare(theirs, trace, tolerances, G)
+        steps = diagnose(theirs, tokens, weights, params, tolerances)
+    report(args, theirs, found, tolerances, steps, odd, params)
+    return 1 if steps or odd else 0
+
+
+def tolerances_of(args, theirs, trace, tokens, weights, params, G):
+    """How far may a right port be? In 16 bits, three times as far as the script itself in that dtype."""
+    dtypes = {theirs[name].dtype for name in trace if name in theirs}
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = [x for name, x in theirs.items() if name in trace and name not in ("logits", "tokens")]
+        if dtype in dtypes or rounded and all(torch.equal(x.to(dtype).to(x.dtype), x) for x in rounded):
+            own = make([], tokens, {name: w.to(dtype) for name, w in weights.items()}, params)
+            noise = {name: difference(own[name][0], trace[name][0])["relative"] for name in trace}
+            return {name: args.tolerance or max(4e-3, 3 * noise[name]) for name in trace}
+    return {name: args.tolerance or 1e-5 for name in trace}
+
+
+def report(args, theirs, found, tolerances, steps, odd, params):
+    unknown = [name for name in theirs if name not in tolerances]
+    if args.json:
+        print(json.dumps({"tensors": found, "tokens": odd, "steps": steps, "ignored": unknown}, indent=1))
+        return
+    for name, d in found.items():
+        verdict = "ok" if d["relative"] <= tolerances[name] else "DIFFERS"
+        print(
+            f"{name:<34} {verdict:<8} relative {d['relative']:<8.1e} largest {d['absolute']:.1e} "
+            f"at {d['at']}  cosine {d['cosine']:.6f}{'  (' + d['layout'] + ')' if d['layout'] else ''}"
+        )
+    if unknown:
+        print(f"not compared, unknown names: {', '.join(unknown[:5])}{' …' * (len(unknown) > 5)}")
+    print()
+    if odd:
+        print(f"{odd[0].upper()}{odd[1:]}.")
+    worst = max((d["relative"] for n, d in found.items() if d["relative"] <= tolerances[n]), default=0)
+    if not steps:
+        print(f"Everything agrees to {worst:.1e}: {len(found)} tensors.")
+        return
+    order = list(found)
+    for n, step in enumerate(steps):
+        first, d = step["first"], found[step["first"]]
+        before = order[: order.index(first)]
+        if n == 0:
+            if before:
+                agreed = max(found[name]["relative"] for name in before)
+                print(f"Everything agrees to {agreed:.1e} up to {before[-1]};")
+            print(f"{first} is the first that differs (relative error {d['relative']:.2g}).")
+        else:
+            print(f"With that made here too, {first} is the next that differs.")
+        if not step["mistakes"]:
+            print("No mistake that is known here gives these tensors.")
+        for name in step["mistakes"]:
+            reach = f"up to {step['until']}" if step["until"] else "to the end"
+            print(f"  It looks like this: {name} (made here, all agrees {reach}).")
+            print(f"  Mend: {MISTAKES[name][1].format(**params)}.")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("theirs", metavar="THEIRS.safetensors")
+    add("--weights", default=str(ROOT / "weights" / "tiny"), help="the same weights (default: weights/tiny)")
+    add("--prompt", metavar="TEXT", help="the prompt, if the file does not hold its token ids as tokens")
+    add("--map", metavar="NAMES.json", help="an object from their names to the script's")
+    add("--tolerance", metavar="X", type=float, help="relative error (default: 1e-5, more for 16 bits)")
+    add("--json", action="store_true", help="print everything as JSON")
+
+    def wrong(message):
+        raise ValueError(f"{message} (--help shows what there is)")
+
+    parser.error = wrong
+    try:
+        return run(parser.parse_args(argv))
+    except (ValueError, OSError) as problem:
+        print(f"error: {str(problem).partition(chr(10))[0]}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
