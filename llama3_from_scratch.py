@@ -309,9 +309,8 @@ def forward(tokens, weights, params, cache=None, positions=None, last=None,
 
         # How well does each key answer each query? The G heads that share keys form one matrix: no copies.
         # (Whatever the dtype, softmax computes in float32 and rounds at the end.)
-        q = q.reshape(B, K, G * T, E)
-        scores = q @ k.mT if T > 1 else (k @ q.mT).mT  # for one token, faster: keys are read as they lie
-        scores = torch.where(future, -math.inf, (scores / math.sqrt(E)).reshape(B, H, T, S))
+        scores = (q.reshape(B, K, G * T, E) @ k.mT / math.sqrt(E)).view(B, H, T, S)
+        scores = torch.where(future, -math.inf, scores)
         scores = probe(f"layers.{i}.attention.scores", "B H T S", scores)
         probs = probe(f"layers.{i}.attention.probs", "B H T S", scores.softmax(-1))
         heads = (probs.reshape(B, K, G * T, S) @ v).view(B, H, T, E)
@@ -349,7 +348,7 @@ def make_cache(weights, params, B, S=0):
 
 
 def grow(cache, S):
-    """Makes room for S positions in all. Never more than needed: a product with a slice would copy it."""
+    """Makes room for S positions in all. It is kept small, since a product with a slice would copy it."""
     for i, layer in enumerate(cache):
         if S > layer[0].shape[2]:
             cache[i] = tuple(pad(x, (0, 0, 0, S - x.shape[2])) for x in layer)
@@ -400,12 +399,12 @@ def generate(logits, weights, params, cache, positions, choose=sample, step=forw
     logits (B 1 V): from prefill. positions (B): the first free one of each row. choose: turns logits (B V)
     into ids (B). step: forward, or it compiled. Indices of rows that are sent back leave only those.
     """
-    for end in range(int(positions.max()) + 1, params["max_seq_len"] + 1):
+    while (end := int(positions.max()) + 1) <= params["max_seq_len"]:
         tokens = choose(logits[:, -1])
         rows = yield tokens
         if rows is not None:
             tokens, positions = tokens[rows], positions[rows]
-            cache = [(keys[rows], values[rows]) for keys, values in cache]
+            cache, end = [(keys[rows], values[rows]) for keys, values in cache], int(positions.max()) + 1
         if end > cache[0][0].shape[2]:
             grow(cache, min(end + 511, params["max_seq_len"]))
         logits = step(tokens[:, None], weights, params, cache, positions[:, None], 0 * positions)
@@ -507,7 +506,7 @@ def parse_arguments(argv):
             wrong(f"--{flag.replace('_', '-')} {getattr(args, flag)}: must be from {low} to {high}")
     if args.system is not None and not args.chat:
         wrong("--system needs --chat")
-    if args.prompts and (args.prompt is not None or args.break_at or args.save_trace):
+    if args.prompts is not None and (args.prompt is not None or args.break_at or args.save_trace):
         wrong("--prompts goes without a prompt, --break-at and --save-trace")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     args.device = args.device or next(device for device in there if there[device])
@@ -606,10 +605,10 @@ def answer(ids, cache, model, args, go_on, watched, show, cached=0):
         print(f"prompt of {len(ids)} tokens:", *pieces, "…" * (len(ids) > 64), sep="  ", file=sys.stderr)
         watched = functools.partial(watched, probe=show_shapes(show, params, tokenizer))
     tokens = torch.tensor([ids[cached:]], device=args.device)
-    started = first = time.perf_counter()
+    started = time.perf_counter()
     logits = prefill(tokens, weights, params, cache, cached, watched=watched)
     check_finite(logits, weights)
-    read = time.perf_counter()
+    read = first = time.perf_counter()
 
     if not args.chat and sys.stdout.isatty() and sys.stderr.isatty():
         print(tokenizer.decode(ids[1:]), end="", file=sys.stderr, flush=True)  # so that the text reads as one

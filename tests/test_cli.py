@@ -579,3 +579,25 @@ def test_all_of_a_conversation_is_in_its_cache(script, monkeypatch):
     for found, expected in zip(cache, fresh):
         for x, y in zip(found, expected):
             assert relative_error(x[:, :, : len(ids) - 1], y) < 1e-5
+
+
+def test_a_row_that_fills_the_context_does_not_stop_the_others(checkpoint, script):
+    folder = checkpoint(max_seq_len=40, dtype=torch.float32)
+    flags = ["--weights", folder, "--max-new-tokens", 25, "--show", "none"]
+    prompts = ["a" * 30, "b", "c" * 39, "d" * 12]  # 31, 2, 40 and 13 tokens
+    result = script("--prompts", "-", *flags, input="\n".join(prompts) + "\n")
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["finish_reason"] for row in rows] == ["context", "length", "context", "length"]
+    assert [len(row["tokens"]) for row in rows] == [9, 25, 0, 25]
+    for prompt, row in zip(prompts, rows):
+        alone = script("--prompts", "-", *flags, input=prompt + "\n").stdout
+        assert json.loads(alone)["tokens"] == row["tokens"]
+
+
+def test_a_full_conversation_begins_anew(checkpoint, script):
+    folder = checkpoint(max_seq_len=60)
+    typed = "\n".join(["Hello"] * 6) + "\n"
+    flags = ["--chat", "--weights", folder, "--max-new-tokens", 9]
+    result = script(*flags, input=typed, terminal=True)
+    assert result.returncode == 0 and "begins anew" in result.stderr
+    assert result.stderr.count("decode 9 tokens") >= 3

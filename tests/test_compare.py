@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import random_checkpoint
+from conftest import ROOT, random_checkpoint
 from mistaken_port import port
 from safetensors.torch import save_file
 
@@ -189,8 +189,12 @@ def bad(trace, **more):
     [
         (lambda t: bad(t, x=torch.ones(3)), "no tensor has a name that the script traces"),
         (lambda t: bad(t, norm=torch.ones(1, 40, 32)), "norm has shape (1, 40, 32), expected (1, 40, 64)"),
-        (lambda t: bad(t, norm=torch.full((1, 40, 64), torch.nan)), "norm holds NaN"),
+        (lambda t: bad(t, norm=torch.full((1, 40, 64), torch.nan)), "norm holds NaN, infinity"),
+        (lambda t: bad(t, norm=t["norm"] + torch.inf), "norm holds NaN, infinity"),
         (lambda t: {"norm": t["norm"]}, "which tokens?"),
+        (lambda t: {"norm": t["norm"], "tokens": torch.ones(1, 0, dtype=torch.int64)}, "expected int64 (T)"),
+        (lambda t: {"norm": t["norm"], "tokens": torch.ones(2, 5, dtype=torch.int64)}, "expected int64 (T)"),
+        (lambda t: {"norm": t["norm"], "tokens": torch.ones(40)}, "expected int64 (T)"),
         (lambda t: {"norm": t["norm"], "tokens": torch.tensor([[1, 9999]])}, "not those of this model"),
     ],
 )
@@ -203,7 +207,13 @@ def test_wrong_files(ported, capsys, change, says):
 
 def test_no_safetensors_and_wrong_flags(tmp_path, capsys):
     (tmp_path / "x").write_text("no")
-    for flags in ([str(tmp_path / "x")], [str(tmp_path / "none")], [str(tmp_path)], ["x", "--wrong"]):
+    for flags in (
+        [str(tmp_path / "x")],
+        [str(tmp_path / "none")],
+        [str(tmp_path)],
+        ["x", "--wrong"],
+        ["x", "--tolerance", "0"],
+    ):
         assert compare.main(flags) == 2
         assert capsys.readouterr().err.count("error:") == 1
 
@@ -213,3 +223,57 @@ def test_a_trace_of_the_script_agrees_with_itself(script, tmp_path, capsys):
     script("Once upon a time", "--save-trace", file, "--max-new-tokens", 0)
     assert compare.main([str(file)]) == 0
     assert "Everything agrees to " in capsys.readouterr().out
+
+
+def test_the_recipe_for_transformers_in_the_readme(tmp_path, monkeypatch, capsys):
+    from references import hugging_face_model
+
+    readme = (ROOT / "README.md").read_text()
+    recipe = next(part for part in readme.split("```python\n") if "AutoModelForCausalLM" in part)
+    folder = random_checkpoint(tmp_path / "model", SIZES, dtype=torch.float32)
+    weights, params, tokenizer = llama.load_model(folder)
+    hugging_face_model(weights, params).save_pretrained(tmp_path / "Llama-3.2-1B-hf")
+    monkeypatch.chdir(tmp_path)
+    begin = str(llama.special(tokenizer, "begin_of_text"))
+    exec(recipe.partition("```")[0].replace("128000, 12805, 5304, 264, 892", f"{begin}, 1, 20, 64, 89"), {})
+    code, found = ask(capsys, folder, tmp_path / "theirs.safetensors")
+    assert code == 0 and len(found["tensors"]) == 1 + 3 * 10 + 2, found
+
+
+def test_embeddings_and_logits_do_not_pass_for_16_bits(tmp_path, capsys):
+    """tok_embeddings of bfloat16 weights are bfloat16 numbers, also in a float32 port."""
+    folder = random_checkpoint(tmp_path / "model", SIZES, dtype=torch.bfloat16)
+    weights, params, tokenizer = llama.load_model(folder)
+    tokens = torch.tensor([[llama.special(tokenizer, "begin_of_text"), 5, 6, 7]])
+    weights = {name: w.float() for name, w in weights.items()}
+    trace = port(tokens, weights, params, ["norm eps is 1e-6"])
+    saved = {name: trace[name].float().contiguous() for name in ("tok_embeddings", "logits")}
+    save_file(saved | {"tokens": tokens}, tmp_path / "theirs.safetensors")
+    code, found = ask(capsys, folder, tmp_path / "theirs.safetensors")
+    assert code == 1 and "norm eps is 1e-6" in found["steps"][0]["mistakes"]
+
+
+def test_logits_alone_of_a_bfloat16_port_need_its_dtype(tmp_path, capsys):
+    folder = random_checkpoint(tmp_path / "model", SIZES, dtype=torch.bfloat16)
+    weights, params, tokenizer = llama.load_model(folder)
+    tokens = torch.tensor([[llama.special(tokenizer, "begin_of_text"), 5, 6, 7]])
+    logits = llama.forward(tokens, weights, params)
+    save_file({"logits": logits, "tokens": tokens}, tmp_path / "theirs.safetensors")
+    file = str(tmp_path / "theirs.safetensors")
+    assert compare.main([file, "--weights", str(folder)]) == 1
+    assert "--dtype bfloat16 allows for it" in capsys.readouterr().out
+    assert compare.main([file, "--weights", str(folder), "--dtype", "bfloat16"]) == 0
+
+
+def test_traces_of_fewer_layers_and_another_factor(script, tmp_path, capsys):
+    for flags in (["--layers", 2], ["--rope-scaling-factor", 32]):
+        script("Once", "--save-trace", tmp_path / "t.safetensors", "--max-new-tokens", 0, *flags)
+        assert compare.main([str(tmp_path / "t.safetensors")]) == 0
+
+
+@pytest.mark.parametrize("names", [["a"], {"a": "norm", "b": "norm"}, {"a": "layers.0.q"}, {"z": "norm"}])
+def test_wrong_maps(ported, tmp_path, capsys, names):
+    folder, file = ported(change=lambda t: {"a": t["norm"], "b": t["norm"], "tokens": t["tokens"]})
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    code, err = ask(capsys, folder, file, "--map", str(tmp_path / "names.json"))
+    assert code == 2 and err.count("error:") == 1

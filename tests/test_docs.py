@@ -101,7 +101,7 @@ def test_python_in_the_readme_runs(tmp_path):
         "my_logits = lambda tokens: float64_loop(tokens, weights, params)['logits'].float()\n"
         "my_queries = lambda tokens: float64_loop(tokens, weights, params)['layers.0.attention.q'].float()\n"
     )
-    blocks = python_blocks()
+    blocks = [block for block in python_blocks() if "transformers" not in block]  # that: test_compare.py
     assert len(blocks) == 2
     for n, block in enumerate(blocks):
         file = tmp_path / f"test_readme_{n}.py"

@@ -30,14 +30,13 @@ def answer_all(prompts, model, args, go_on, most_rows=32):
         tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids in batch], device=args.device)
         cache = make_cache(weights, params, len(batch))
         logits = prefill(tokens, weights, params, cache, lengths=lengths)
-        steps = go_on(logits, weights, params, cache, lengths)
-        new, going, kept = [[] for _ in batch], list(range(len(batch))), None
+        new, kept = [[] for _ in batch], None
+        going = [row for row, ids in enumerate(batch) if len(ids) < limit]  # the others have no room to go on
+        if len(going) < len(batch):
+            cache = [(keys[going], values[going]) for keys, values in cache]
+        steps = go_on(logits[going], weights, params, cache, lengths[going])
         while going and args.max_new_tokens:
-            try:
-                chosen = steps.send(kept).tolist()
-            except StopIteration:
-                break
-            for row, token in zip(going, chosen):
+            for row, token in zip(going, steps.send(kept).tolist()):
                 new[row].append(token)
             stay = [
                 n

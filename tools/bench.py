@@ -122,7 +122,9 @@ def transformers(folder, device, static=False):
 
     model = AutoModelForCausalLM.from_pretrained(hugging_face_folder(folder), dtype=torch.bfloat16)
     model, state = model.to(device), {}
-    run = torch.compile(model.forward, fullgraph=True) if static and device == "cuda" else model
+    run = model
+    if static and device == "cuda":
+        run = torch.compile(model.forward, fullgraph=True, mode="reduce-overhead")
 
     def read(ids, run):
         at = torch.arange(state["at"], state["at"] + len(ids), device=device)
@@ -403,7 +405,7 @@ def side_by_side(names, folder, device, rounds, new):
     try:
         for name in names:  # one after another: loading and compiling take all cores
             for length in (512, 128):
-                first = ask(processes[name], length, 3)
+                ask(processes[name], length, 3)
             print(f"{name} is ready", file=sys.stderr)
         for turn in range(rounds):
             bandwidths.append(bandwidth(array))
@@ -412,13 +414,11 @@ def side_by_side(names, folder, device, rounds, new):
                 found[name]["prefill 512"].append(512 / long["times"][0])
                 found[name]["prefill 128"].append(128 / short["times"][0])
                 found[name]["decode"].append(1 / statistics.median(short["times"][2:]))
-                found[name]["tokens"], found[name]["peak"] = short["tokens"], first["peak"]
-                if turn == rounds - 1:
-                    found[name]["peak"] = short["peak"]
+                found[name]["tokens"], found[name]["peak"] = short["tokens"], short["peak"]
             print(f"turn {turn + 1} of {rounds}", file=sys.stderr)
     finally:
         for process in processes.values():
-            process.stdin.close()
+            process.terminate()
             process.wait(60)
     return found, bandwidths
 
@@ -498,8 +498,11 @@ model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1, do_sa
 
 def cold_start(folder, device, rounds):
     """Seconds from the shell to the first token, in turns: the script, and transformers if it is there."""
-    ids = " ".join(map(str, prompt(16)))
-    script = [ROOT / "llama3_from_scratch.py", "Once upon a time, there was", "--weights", folder]
+    text = "Once upon a time, there was"
+    ids = " ".join(
+        map(str, [0, *llama.encode(layouts.open_tokenizer(Path(folder) / "tokenizer.model"), text)])
+    )
+    script = [ROOT / "llama3_from_scratch.py", text, "--weights", folder]
     commands = {
         "eager": [*script, "--max-new-tokens", "1", "--show", "none", "--device", device],
         "transformers": ["-c", COLD, hugging_face_folder(folder), device, ids],
@@ -589,6 +592,8 @@ def main(argv=None):
     add("--chart", metavar="FILE.png", help="draw bars there")
     add("--work", choices=list(CONTENDERS), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    if args.rounds < 1 or args.tokens < 2 or {"eager", "compiled"} & set(args.peers):
+        parser.error("--rounds from 1, --tokens from 2; eager and compiled take part anyway")
     if args.work:
         return work(args.work, args.weights, args.device)
 
@@ -662,4 +667,7 @@ def alone(args, params, size):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as problem:
+        sys.exit(f"error: {problem}")

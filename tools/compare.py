@@ -274,11 +274,11 @@ MISTAKES = {  # what it is: (how it is made, the mend)
     "RoPE scaling is off": (params(use_scaled_rope=False), "from Llama 3.1 on frequencies are scaled"),
     "the RoPE scaling factor is 8": (
         params(rope_scaling_factor=8),
-        "this model wants {rope_scaling_factor:g}: 3.2 1B and 3B have 32",
+        "here it is {rope_scaling_factor:g}; 3.2 1B and 3B have 32",
     ),
     "the RoPE scaling factor is 32": (
         params(rope_scaling_factor=32),
-        "this model wants {rope_scaling_factor:g}: only 3.2 1B and 3B have 32",
+        "here it is {rope_scaling_factor:g}; only 3.2 1B and 3B have 32",
     ),
     "the RoPE table is in bfloat16": (rotated(bfloat16_table), "keep cos and sin in float32"),
     "the rotation goes the wrong way": (
@@ -556,16 +556,25 @@ def read_theirs(path, names):
     except (OSError, safetensors.SafetensorError) as problem:
         raise ValueError(f"{path}: not a safetensors file ({problem})") from None
     theirs = {names.get(name, name): tensor for name, tensor in held.items()}
-    for name, tensor in theirs.items():
-        if tensor.isnan().any():
-            raise ValueError(f"{path}: {name} holds NaN")
+    if len(theirs) < len(held):
+        raise ValueError(f"{path}: with --map two tensors have the same name")
+    absent = [name for name in names if name not in held]
+    if absent:
+        raise ValueError(f"{path}: no tensor {absent[0]}, which --map names")
     return theirs, about
 
 
 def reference_tokens(args, theirs, about, tokenizer, params):
     """Token ids (1 T) to compare with, and words on what is odd about theirs."""
     begin, given = special(tokenizer, "begin_of_text"), theirs.pop("tokens", None)
-    given = None if given is None else given.long().flatten().tolist()
+    if given is not None:
+        if (
+            given.dtype not in (torch.int64, torch.int32)
+            or given.numel() != given.shape[-1]
+            or not given.numel()
+        ):
+            raise ValueError(f"tokens is {given.dtype} {tuple(given.shape)}, expected int64 (T) or (1 T)")
+        given = given.flatten().tolist()
     prompt = args.prompt if args.prompt is not None else about.get("prompt")
     if prompt is None and given is None:
         raise ValueError("which tokens? The file has no tensor called tokens; --prompt gives the text")
@@ -595,39 +604,54 @@ def run(args):
     if args.map:
         try:
             names = json.loads(Path(args.map).read_text(encoding="utf-8"))
-            if not all(isinstance(x, str) for x in (*names, *names.values())):
+            if not isinstance(names, dict) or not all(isinstance(x, str) for x in names.values()):
                 raise ValueError("expected an object from their names to ours")
         except (OSError, ValueError, TypeError, AttributeError) as problem:
             raise ValueError(f"{args.map}: {problem}") from None
     theirs, about = read_theirs(args.theirs, names)
-    weights, params, tokenizer = load_model(args.weights, dtype=torch.float32)
+    told = json.loads(about.get("params", "{}"))  # the script writes it into its traces
+    weights, params, tokenizer = load_model(
+        args.weights, dtype=torch.float32, n_layers=told.get("n_layers"),
+        rope_scaling_factor=told.get("rope_scaling_factor") if told.get("use_scaled_rope") else None,
+    )  # fmt: skip
     tokens, odd = reference_tokens(args, theirs, about, tokenizer, params)
     G = params["n_heads"] // params["n_kv_heads"]
     with torch.no_grad():
         trace = make([], tokens, weights, params)
         known = [name for name in trace if name in theirs]
+        unknown = [name for name in names.values() if name not in trace and name != "tokens"]
+        if unknown:
+            raise ValueError(f"{args.map}: the script traces no tensor called {unknown[0]}")
         if not known:
             raise ValueError(
                 f"{args.theirs}: no tensor has a name that the script traces (such as {list(trace)[2]}); it "
                 f"holds {', '.join(list(theirs)[:4]) or 'nothing'}; --map FILE.json gives names"
             )
-        tolerances = tolerances_of(args, theirs, trace, tokens, weights, params, G)
+        for name in known:
+            bad = theirs[name].isnan() | (theirs[name].isinf() & (not name.endswith("scores")))
+            if bad.any() or not theirs[name].numel() or not theirs[name].is_floating_point():
+                raise ValueError(f"{args.theirs}: {name} holds NaN, infinity, nothing, or no real numbers")
+        tolerances = tolerances_of(args, theirs, trace, about, tokens, weights, params)
         found = compare(theirs, trace, tolerances, G)
         steps = diagnose(theirs, tokens, weights, params, tolerances)
     report(args, theirs, found, tolerances, steps, odd, params)
     return 1 if steps or odd else 0
 
 
-def tolerances_of(args, theirs, trace, tokens, weights, params, G):
+def tolerances_of(args, theirs, trace, about, tokens, weights, params):
     """How far may a right port be? In 16 bits, three times as far as the script itself in that dtype."""
-    dtypes = {theirs[name].dtype for name in trace if name in theirs}
+    if args.tolerance is not None:
+        return dict.fromkeys(trace, args.tolerance)
+    known = args.dtype or about.get("dtype")
+    # tok_embeddings are weights and logits are float32, whatever a port computes in
+    telling = [x for name, x in theirs.items() if name in trace and name not in ("tok_embeddings", "logits")]
     for dtype in (torch.bfloat16, torch.float16):
-        rounded = [x for name, x in theirs.items() if name in trace and name not in ("logits", "tokens")]
-        if dtype in dtypes or rounded and all(torch.equal(x.to(dtype).to(x.dtype), x) for x in rounded):
+        rounded = telling and all(torch.equal(x.to(dtype).to(x.dtype), x) for x in telling)
+        if known == str(dtype).removeprefix("torch.") or known is None and rounded:
             own = make([], tokens, {name: w.to(dtype) for name, w in weights.items()}, params)
             noise = {name: difference(own[name][0], trace[name][0])["relative"] for name in trace}
-            return {name: args.tolerance or max(4e-3, 3 * noise[name]) for name in trace}
-    return {name: args.tolerance or 1e-5 for name in trace}
+            return {name: max(4e-3, 3 * noise[name]) for name in trace}
+    return dict.fromkeys(trace, 1e-5)
 
 
 def report(args, theirs, found, tolerances, steps, odd, params):
@@ -663,6 +687,10 @@ def report(args, theirs, found, tolerances, steps, odd, params):
             print(f"With that made here too, {first} is the next that differs.")
         if not step["mistakes"]:
             print("No mistake that is known here gives these tensors.")
+            if d["relative"] < 0.03 and tolerances[first] < 1e-3 and not args.dtype:
+                print(
+                    "If the port computes in 16 bits, this may be rounding: --dtype bfloat16 allows for it."
+                )
         for name in step["mistakes"]:
             reach = f"up to {step['until']}" if step["until"] else "to the end"
             print(f"  It looks like this: {name} (made here, all agrees {reach}).")
@@ -679,6 +707,7 @@ def main(argv=None):
     add("--prompt", metavar="TEXT", help="the prompt, if the file does not hold its token ids as tokens")
     add("--map", metavar="NAMES.json", help="an object from their names to the script's")
     add("--tolerance", metavar="X", type=float, help="relative error (default: 1e-5, more for 16 bits)")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="what they computed in (default: seen)")
     add("--json", action="store_true", help="print everything as JSON")
 
     def wrong(message):
@@ -686,7 +715,10 @@ def main(argv=None):
 
     parser.error = wrong
     try:
-        return run(parser.parse_args(argv))
+        args = parser.parse_args(argv)
+        if args.tolerance is not None and not 0 < args.tolerance < math.inf:
+            wrong("--tolerance must be a number above 0")
+        return run(args)
     except (ValueError, OSError) as problem:
         print(f"error: {str(problem).partition(chr(10))[0]}", file=sys.stderr)
         return 2

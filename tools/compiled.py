@@ -52,6 +52,8 @@ def compiled_step():
 
     def step(tokens, weights, params, cache, positions, last):
         many = len(tokens) > 1
+        if tokens.device.type == "mps":
+            raise ValueError("--compile is for CPUs and CUDA, not for mps")
         for keys_or_values in (x for layer in cache for x in layer):
             mark_dynamic(keys_or_values, 2)
             if many:
@@ -75,8 +77,9 @@ def compiled_step():
 
     def replay(tokens, weights, params, cache, positions, last):
         """The step through a CUDA graph: one for each cache and S, with its own places for what comes in."""
-        key = cache[0][0].data_ptr(), tuple(cache[0][0].shape)
+        key = tuple((x.data_ptr(), x.shape) for layer in cache for x in layer)
         if key not in graphs:
+            graphs.clear()  # the cache has grown, or lost rows, or is another
             places = tokens.clone(), positions.clone(), last.clone()
             given = places[0], weights, params, cache, *places[1:]
             aside = torch.cuda.Stream()
@@ -88,8 +91,8 @@ def compiled_step():
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 logits = code(*given)
-            graphs[key] = graph, places, logits
-        graph, places, logits = graphs[key]
+            graphs[key] = graph, places, logits, cache  # kept, so that nothing else gets its addresses
+        graph, places, logits, _ = graphs[key]
         for place, value in zip(places, (tokens, positions, last)):
             place.copy_(value)
         graph.replay()

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from llama3_from_scratch import answer, make_cache, prompt_ids, special
+from llama3_from_scratch import answer, make_cache, prompt_ids, special, stop_ids
 
 
 def typed_prompts():
@@ -18,7 +18,7 @@ def typed_prompts():
 
 def turn_ids(prompt, said, tokenizer, args, context):
     """The script's prompt_ids behind all that was said; an answer that was cut short is closed first."""
-    if said and said[-1] != special(tokenizer, "eot_id"):
+    if said and said[-1] not in stop_ids(tokenizer):
         said = [*said, special(tokenizer, "eot_id")]
     return prompt_ids(prompt, tokenizer, args, context, said)
 
@@ -30,11 +30,18 @@ def converse(model, args, go_on, watched):
         raise ValueError("--save-trace needs a prompt on the command line")
     said, cached, cache, show = [], 0, make_cache(weights, params, 1), args.show
     for prompt in typed_prompts():
-        try:
-            ids = turn_ids(prompt, said, tokenizer, args, params["max_seq_len"])
-        except ValueError as problem:
-            print(f"error: {problem}", file=sys.stderr)
+        for before in (said, []):
+            try:
+                ids = turn_ids(prompt, before, tokenizer, args, params["max_seq_len"])
+                break
+            except ValueError as problem:
+                wrong = problem
+        else:
+            print(f"error: {wrong}", file=sys.stderr)
             continue
+        if len(before) < len(said):
+            print("[the context is full: the conversation begins anew]", file=sys.stderr)
+            cached = 0
         new = answer(ids, cache, model, args, go_on, watched, show, cached)
         show = "none"  # once is enough
         if args.chat:
