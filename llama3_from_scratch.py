@@ -404,7 +404,7 @@ def generate(logits, weights, params, cache, positions, choose=sample, step=forw
         rows = yield tokens
         if rows is not None:
             tokens, positions = tokens[rows], positions[rows]
-            cache, end = [(keys[rows], values[rows]) for keys, values in cache], int(positions.max()) + 1
+            cache = [(keys[rows], values[rows]) for keys, values in cache]
         if end > cache[0][0].shape[2]:
             grow(cache, min(end + 511, params["max_seq_len"]))
         logits = step(tokens[:, None], weights, params, cache, positions[:, None], 0 * positions)
