@@ -332,7 +332,7 @@ def forward(tokens, weights, params, cache=None, positions=None, last=None,
         x = probe(f"layers.{i}.out", "B T D", x + out)
 
     # Which token comes next? To go on writing, only the last token of each row needs to say.
-    x, asked = (x, "B T") if last is None else (x[torch.arange(B, device=x.device), last][:, None], "B 1")
+    x, asked = (x, "B T") if last is None else (x[rows, last[:, None]], "B 1")
     h = probe("norm", f"{asked} D", rms_norm(x, weights["norm.weight"], eps))
     logits = probe("logits", f"{asked} V", project(h, weights["output.weight"]).float())
     return logits

@@ -302,7 +302,7 @@ def prompt(length):
 
 
 def memory(which):
-    """Bytes of this process, "VmRSS" now or "VmHWM" at its peak; None where there is no /proc."""
+    """Bytes of this process at its peak ("VmHWM"); None where there is no /proc."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -597,12 +597,10 @@ def main(argv=None):
     if args.work:
         return work(args.work, args.weights, args.device)
 
-    weights, params, _ = llama.load_model(args.weights, n_layers=None)
+    weights, params, _ = llama.load_model(args.weights)
     size = held(weights)
-    ends = (
-        "tok_embeddings.weight",
-        "output.weight",
-    )  # for a prompt's tokens but the last, nothing to multiply
+    # For a prompt's tokens but the last, these two have nothing to multiply.
+    ends = ("tok_embeddings.weight", "output.weight")
     numbers = sum(w.numel() for name, w in weights.items() if name not in ends)
     weights = None
     found, bandwidths = side_by_side(

@@ -41,8 +41,6 @@ from llama3_from_scratch import (
 # tensors of the pass so far, run what the pass was started with. Names lose their "layers.{i}." before the
 # call, seen is that layer's.
 
-HALVES, PAIRS = "half-split", "interleaved"
-
 
 def to_halves(x):
     """Numbers of each head from interleaved pairs to half-split ones: 0 1 2 3 4 5 to 0 2 4 1 3 5."""
@@ -53,9 +51,8 @@ def to_pairs(x):
     return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
 
 
-def turns_of(run, positions=None):
-    positions = torch.arange(run["tokens"].shape[1])[None] if positions is None else positions
-    return rope_turns(positions, run["params"])
+def turns_of(run):
+    return rope_turns(run["positions"], run["params"])
 
 
 def rotated(how):
@@ -348,13 +345,12 @@ MISTAKES = {  # what it is: (how it is made, the mend)
 
 def make(names, tokens, held, sizes):
     """The trace of forward with some mistakes: by name what flowed on, and what was there."""
-    run = {"tokens": tokens, "weights": held, "params": sizes}
-    positions, injections = torch.arange(tokens.shape[1])[None], []
+    run = {"positions": torch.arange(tokens.shape[1])[None], "weights": held, "params": sizes}
+    injections = []
     for name in names:
         how = MISTAKES[name][0]
-        run["weights"] = how.get("weights", lambda x: x)(run["weights"])
-        run["params"] = how.get("params", lambda x: x)(run["params"])
-        positions = how.get("positions", lambda x: x)(positions)
+        for part in run:
+            run[part] = how.get(part, lambda x: x)(run[part])
         if "inject" in how:
             injections.append(how["inject"])
     trace, seen = {}, {"layer": "", "in": None}
@@ -377,7 +373,7 @@ def make(names, tokens, held, sizes):
         trace[name] = found[::-1]
         return found[-1]
 
-    forward(tokens, run["weights"], run["params"], positions=positions, probe=probe)
+    forward(tokens, run["weights"], run["params"], positions=run["positions"], probe=probe)
     return trace
 
 
