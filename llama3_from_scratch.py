@@ -229,10 +229,11 @@ def project(x, w):
     """
     rows = w.flatten(0, -2)
     if torch.compiler.is_compiling() and x.is_cpu and x.shape[:2] == (1, 1):
-        # One token: the same products and sums, in a form that compiles to a loop as fast as memory is read.
-        pieces = (math.gcd(x.shape[-1], 4), -1)  # each row in 4, since sums of long rows compile to slow code
-        products = x.unflatten(-1, pieces).float() * rows.unflatten(-1, pieces).float()
-        y = products.sum(-1).sum(-1).to(x.dtype)[None]
+        # One token: the same products and sums, in a form that compiles to a loop as fast as memory is read:
+        # through both halves of the rows at once, and of each row.
+        halves = (math.gcd(x.shape[-1], 2), -1)
+        x, parts = x.unflatten(-1, halves).float(), rows.unflatten(-1, halves).chunk(2)
+        y = torch.cat([(x * part.float()).sum(-1).sum(-1) for part in parts], -1).to(w.dtype)[None]
     else:
         y = x @ rows.T
     return y if w.dim() == 2 else y.unflatten(-1, w.shape[:2]).transpose(1, 2)
@@ -246,7 +247,7 @@ def rms_norm(x, weight, eps):
 
 
 def rope_turns(positions, params):
-    """How far is each pair turned at each position? (B T) to complex64 (B T E/2) of length 1.
+    """How far is each pair turned at each position? (B T) to complex64 (B 1 T E/2) of length 1.
 
     Pair 0 turns by one radian a position, each next pair more slowly (RoFormer, Su et al. 2021). From 3.1 on,
     a pair with less than one turn in Llama 3's 8,192 positions is slowed down by a factor, one with more than
@@ -259,14 +260,14 @@ def rope_turns(positions, params):
         turns = params["rope_original_context"] / (2 * math.pi / freqs)
         keep = ((turns - low) / (high - low)).clamp(0, 1)
         freqs = (1 - keep) * freqs / params["rope_scaling_factor"] + keep * freqs
-    angles = positions[..., None].float() * freqs
+    angles = positions[:, None, :, None].float() * freqs
     return torch.polar(torch.ones_like(angles), angles)
 
 
 def rotate(x, turns):
-    """Turns each pair of neighbours in x (B H T E), taken as a complex number, by turns (B T E/2)."""
+    """Turns each pair of neighbours in x (B H T E), taken as a complex number, by turns (B 1 T E/2)."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns[:, None]).flatten(-2).to(x.dtype)
+    return torch.view_as_real(pairs * turns).flatten(-2).to(x.dtype)
 
 
 def forward(tokens, weights, params, cache=None, positions=None, last=None,
@@ -364,11 +365,11 @@ def prefill(tokens, weights, params, cache, start=0, lengths=None, watched=forwa
     B, T = tokens.shape
     grow(cache, start + T)
     last = torch.full((B,), T - 1, device=tokens.device) if lengths is None else lengths - 1
-    suitable, most_scores = (256, 2**25) if tokens.is_cpu else (4096, 2**28)  # scores: B H T S numbers
-    chunk = min(most_tokens or suitable, most_scores // (params["n_heads"] * (start + T)))
-    chunk, logits = max(1, chunk // B), 0
-    for a in range(0, T, chunk):
-        b = min(a + chunk, T)
+    suitable, most_scores = (256, 2**23) if tokens.is_cpu else (4096, 2**28)  # scores: B H T S numbers
+    b, logits = 0, 0
+    while b < T:
+        chunk = min(most_tokens or suitable, max(32, most_scores // (params["n_heads"] * (start + b + 1))))
+        a, b = b, min(b + max(1, chunk // B), T)
         positions = torch.arange(start + a, start + b, device=tokens.device)[None]
         read = watched if b == T else forward
         seen = [(keys[:, :, : start + b], values[:, :, : start + b]) for keys, values in cache]
