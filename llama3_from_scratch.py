@@ -365,7 +365,7 @@ def prefill(tokens, weights, params, cache, start=0, lengths=None, watched=forwa
     B, T = tokens.shape
     grow(cache, start + T)
     last = torch.full((B,), T - 1, device=tokens.device) if lengths is None else lengths - 1
-    suitable, most_scores = (256, 2**23) if tokens.is_cpu else (4096, 2**28)  # scores: B H T S numbers
+    suitable, most_scores = (256, 2**25) if tokens.is_cpu else (4096, 2**28)  # scores: B H T S numbers
     b, logits = 0, 0
     while b < T:
         chunk = min(most_tokens or suitable, max(32, most_scores // (params["n_heads"] * (start + b + 1))))
@@ -669,7 +669,7 @@ def run(args):
     ids = prompt_ids(lines[0], tokenizer, args, params["max_seq_len"])
     if args.save_trace is not None:
         about, tokens = {"prompt": lines[0], "weights": args.weights}, torch.tensor([ids], device=args.device)
-        beside("tools/inside.py").save_trace(args.save_trace, tokens, weights, params, about)
+        beside("tools/inside.py").save_trace(args.save_trace, tokens, model, about)
     answer(ids, make_cache(weights, params, 1), model, args, go_on, watched, args.show)
 
 

@@ -125,7 +125,7 @@ def test_save_trace_holds_every_tensor(script, tmp_path):
     assert result.returncode == 0 and os.listdir(tmp_path) == ["t.safetensors"]
     trace = load_file(file)
     params = llama.read_params(ROOT / "weights/tiny")
-    assert len(trace) == 4 + 17 * params["n_layers"]
+    assert len(trace) == 4 + 17 * params["n_layers"] + 2  # and the logit lens
     T = trace["tokens"].shape[1]
     assert trace["logits"].shape == (1, T, 1280) and trace["layers.3.attention.scores"].shape == (1, 8, T, T)
     with safe_open(file, "pt") as opened:
@@ -136,8 +136,22 @@ def test_save_trace_holds_every_tensor(script, tmp_path):
         and about["weights"].endswith("weights/tiny")
     )
     assert '"dim": 256' in about["params"]
-    weights, *_ = llama.load_model(ROOT / "weights/tiny", dtype=torch.float32)
+    weights, _, tokenizer = llama.load_model(ROOT / "weights/tiny", dtype=torch.float32)
     assert relative_error(llama.forward(trace["tokens"], weights, params), trace["logits"]) < 1e-6
+    assert f"{file}: {len(trace)} tensors" in result.stderr and "viewer.html in a browser" in result.stderr
+
+    # The logit lens: of the last layer it is the model's own prediction, of an earlier one that of a model
+    # which ends there.
+    assert trace["lens.ids"].shape == trace["lens.probs"].shape == (params["n_layers"], 1, T, 10)
+    for i in range(params["n_layers"]):
+        logits = llama.forward(trace["tokens"], weights, params | {"n_layers": i + 1})
+        assert torch.allclose(
+            logits.softmax(-1).gather(-1, trace["lens.ids"][i]), trace["lens.probs"][i], atol=1e-6
+        )
+        assert torch.allclose(logits.softmax(-1).topk(10).values, trace["lens.probs"][i], atol=1e-6)
+    texts = json.loads(about["texts"])
+    assert texts[str(int(trace["tokens"][0, 1]))] == tokenizer.decode([int(trace["tokens"][0, 1])])
+    assert {*map(str, trace["lens.ids"].unique().tolist())} <= texts.keys()
 
 
 def test_standard_input(script):
@@ -406,6 +420,7 @@ def test_bytes_that_are_no_utf8(script):
 
 def test_a_full_disk_leaves_no_half_trace(tmp_path, monkeypatch, model):
     params, weights = model()
+    tokenizer = llama.load_tokenizer(ROOT / "weights/tiny/tokenizer.model")
     target = tmp_path / "t.safetensors"
 
     def fail(trace, path, metadata):
@@ -414,7 +429,7 @@ def test_a_full_disk_leaves_no_half_trace(tmp_path, monkeypatch, model):
 
     monkeypatch.setattr(inside.safetensors, "serialize_file", fail)
     with pytest.raises(ValueError, match="No space left"):
-        inside.save_trace(target, some_tokens(params), weights, params, {"weights": "x"})
+        inside.save_trace(target, some_tokens(params), (weights, params, tokenizer), {"weights": "x"})
     assert not list(tmp_path.glob("t.*"))
 
 

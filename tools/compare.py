@@ -651,7 +651,7 @@ def tolerances_of(args, theirs, trace, about, tokens, weights, params):
 
 
 def report(args, theirs, found, tolerances, steps, odd, params):
-    unknown = [name for name in theirs if name not in tolerances]
+    unknown = [name for name in theirs if name not in tolerances and not name.startswith("lens.")]
     if args.json:
         print(json.dumps({"tensors": found, "tokens": odd, "steps": steps, "ignored": unknown}, indent=1))
         return

@@ -57,16 +57,16 @@ def compiled_step():
         many = len(tokens) > 1
         if tokens.device.type == "mps":
             raise ValueError("--compile is for CPUs and CUDA, not for mps")
+        run = replay if not tokens.is_cpu else code if many else single
+        if many in compiled:
+            return run(tokens, weights, params, cache, positions, last)
+        compiled.add(many)
         for keys_or_values in (x for layer in cache for x in layer):
             mark_dynamic(keys_or_values, 2)
             if many:
                 mark_dynamic(keys_or_values, 0)
         for rows in (tokens, positions, last) if many else ():
             mark_dynamic(rows, 0)
-        run = replay if not tokens.is_cpu else code if many else single
-        if many in compiled:
-            return run(tokens, weights, params, cache, positions, last)
-        compiled.add(many)
         words = "compiling the step for several rows" if many else "compiling the step"
         # Layers are alike: where Inductor can, it compiles one of them for all, in two thirds of the time.
         once = config.patch(use_graph_deduplication=run is not single)

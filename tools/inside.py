@@ -11,7 +11,7 @@ import safetensors
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from llama3_from_scratch import check_finite, forward, record
+from llama3_from_scratch import check_finite, forward, project, record, rms_norm
 
 
 def is_trace(path):
@@ -23,21 +23,47 @@ def is_trace(path):
         return False
 
 
+def logit_lens(trace, weights, params, top=10):
+    """What would each layer's output predict, were it the last? Token ids and probabilities (L B T top).
+
+    It goes through the final norm and the head, as the last layer's does. Source: nostalgebraist,
+    "interpreting GPT: the logit lens", 2020.
+    """
+    ids, probs = [], []
+    for i in range(params["n_layers"]):
+        x = trace[f"layers.{i}.out"].to(weights["norm.weight"].device)
+        h = rms_norm(x, weights["norm.weight"], params["norm_eps"])
+        logits = project(h, weights["output.weight"]).float()
+        found = logits.softmax(-1).topk(min(top, logits.shape[-1]))
+        ids.append(found.indices.cpu())
+        probs.append(found.values.cpu())
+    return torch.stack(ids), torch.stack(probs)
+
+
 @torch.inference_mode()
-def save_trace(path, tokens, weights, params, about):
+def save_trace(path, tokens, model, about):
     """Writes every tensor of one pass over tokens (B T), without a cache, to a .safetensors file.
 
-    about: strings for its metadata, beside params and dtype.
+    Beside them "lens.ids" and "lens.probs" (logit_lens). about: strings for the metadata; params, dtype and
+    the texts of all tokens that tools/viewer.html names are added.
     """
-    trace, dtype, target = {}, str(weights["norm.weight"].dtype).removeprefix("torch."), Path(path).resolve()
-    about = about | {"params": json.dumps(params), "dtype": dtype}
+    (weights, params, tokenizer), trace, target = model, {}, Path(path).resolve()
+    about = about | {"params": json.dumps(params), "dtype": str(weights["norm.weight"].dtype)[6:]}
     beside = target.with_name(f"{target.name}.part")
     if target.exists() and not (target.is_file() and is_trace(target)):
         raise ValueError(f"{path}: the trace would take the place of something else")
     try:
         beside.touch()
         mode = beside.stat().st_mode  # safetensors would leave a file that only its owner can read
-        check_finite(forward(tokens, weights, params, probe=record(trace)), weights)
+        logits = forward(tokens, weights, params, probe=record(trace))
+        check_finite(logits, weights)
+        trace["lens.ids"], trace["lens.probs"] = logit_lens(trace, weights, params)
+        top = logits.topk(min(10, logits.shape[-1])).indices
+        named = torch.cat([trace["tokens"].flatten(), trace["lens.ids"].flatten(), top.flatten().cpu()])
+        texts = {n: tokenizer.decode_single_token_bytes(n) for n in named.unique().tolist()}
+        about["texts"] = json.dumps(
+            {n: text.decode("utf-8", "backslashreplace") for n, text in texts.items()}
+        )
         held = {  # what safetensors.torch.save_file does, but that one needs numpy
             name: safetensors.TensorSpec(
                 dtype=str(t.dtype).removeprefix("torch."),
@@ -50,6 +76,12 @@ def save_trace(path, tokens, weights, params, about):
         safetensors.serialize_file(held, beside, metadata=about)
         beside.chmod(mode)
         beside.replace(target)
+        viewer = Path(__file__).with_name("viewer.html").as_uri()
+        print(
+            f"{path}: {len(trace)} tensors, {target.stat().st_size / 1e6:.1f} MB; to look at them open {viewer} "
+            "in a browser and drop the file there",
+            file=sys.stderr,
+        )
     except (OSError, safetensors.SafetensorError) as problem:
         raise ValueError(f"{path}: the trace cannot be written ({problem})") from None
     finally:
