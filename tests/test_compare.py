@@ -1,6 +1,8 @@
 """tools/compare.py names the first tensor that differs, and the mistake in an independent port."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -238,6 +240,26 @@ def test_the_recipe_for_transformers_in_the_readme(tmp_path, monkeypatch, capsys
     exec(recipe.partition("```")[0].replace("128000, 12805, 5304, 264, 892", f"{begin}, 1, 20, 64, 89"), {})
     code, found = ask(capsys, folder, tmp_path / "theirs.safetensors")
     assert code == 0 and len(found["tensors"]) == 1 + 3 * 10 + 2, found
+
+
+def test_the_recipe_for_metas_reference_in_the_readme(tmp_path, capsys):
+    readme = (ROOT / "README.md").read_text()
+    recipe = next(part for part in readme.split("```python\n") if "import ModelArgs" in part).partition(
+        "```"
+    )[0]
+    for factor in (8, 32):  # the reference has 8 for every model
+        sizes = SIZES | {"rope_scaling_factor": factor}
+        folder = random_checkpoint(tmp_path / str(factor) / "Llama3.1-8B", sizes, dtype=torch.float32)
+        _, params, tokenizer = llama.load_model(folder)
+        ids = [llama.special(tokenizer, "begin_of_text"), *range(100, 139)]
+        here = recipe.replace("128000, 12805, 5304, 264, 892", ", ".join(map(str, ids)))
+        # In a process of its own: it starts torch.distributed.
+        subprocess.run([sys.executable, "-c", here], cwd=folder.parent, check=True, capture_output=True)
+        code, found = ask(capsys, folder, folder.parent / "theirs.safetensors")
+        assert len(found["tensors"]) == 1 + 3 * 9 + 2, found
+        assert code == (factor == 32) and (
+            code == 0 or "the RoPE scaling factor is 8" in found["steps"][0]["mistakes"]
+        ), found["steps"]
 
 
 def test_embeddings_and_logits_do_not_pass_for_16_bits(tmp_path, capsys):

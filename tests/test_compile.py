@@ -1,5 +1,8 @@
 """The compiled step: the same tokens as forward's, compiled once for one row and once for many."""
 
+import os
+import shutil
+
 import pytest
 import torch
 from conftest import relative_error, some_tokens
@@ -8,6 +11,9 @@ from torch._dynamo.utils import counters
 import llama3_from_scratch as llama
 
 compiled = llama.beside("tools/compiled.py")
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("g++") or os.environ.get("CXX") or os.environ.get("CI")), reason="needs a C++ compiler"
+)
 
 
 def graphs():

@@ -300,8 +300,9 @@ def header(content, data=b""):
 
 
 BROKEN = {
-    "nothing": b"", "short": b"abc", "text": b"this is only a text, no tensors at all in it", "json": header(b"{no json"),
-    "long": (2**60).to_bytes(8, "little") + b"{}", "none": header(b"{}"), "null": header(b"null"), "list": header(b"[1]"),
+    "nothing": b"", "short": b"abc", "text": b"this is only a text, no tensors at all in it",
+    "json": header(b"{no json"), "long": (2**60).to_bytes(8, "little") + b"{}",
+    "none": header(b"{}"), "null": header(b"null"), "list": header(b"[1]"),
     "dtype": header(b'{"a":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}', b"x"),
     "shape": header(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}', b"xxxx"),
     "negative": header(b'{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}', b"xxxx"),
@@ -374,9 +375,15 @@ def test_keys(page, trace):
     look(page, trace / "float32.safetensors")
     title = functools.partial(page.text_content, "#controls")
     choose(page, "layers.1.attention.heads")
-    for key, says in (("]", "layers.2.attention.heads"), ("[", "layers.1.attention.heads"), ("ArrowRight", "head 1 of 8"),
-                      ("ArrowLeft", "head 0 of 8"), ("ArrowLeft", "head 7 of 8"), ("ArrowUp", "layers.1.attention.probs"),
-                      ("ArrowDown", "layers.1.attention.heads")):  # fmt: skip
+    for key, says in (
+        ("]", "layers.2.attention.heads"),
+        ("[", "layers.1.attention.heads"),
+        ("ArrowRight", "head 1 of 8"),
+        ("ArrowLeft", "head 0 of 8"),
+        ("ArrowLeft", "head 7 of 8"),
+        ("ArrowUp", "layers.1.attention.probs"),
+        ("ArrowDown", "layers.1.attention.heads"),
+    ):
         page.keyboard.press(key)
         assert says in title(), key
     page.keyboard.press("t")

@@ -1,4 +1,4 @@
-"""Looking inside `forward`, for the script's --break-at and --save-trace."""
+"""Looking inside `forward`: what the script's --break-at and --save-trace do, and probes that compose."""
 
 import fnmatch
 import inspect
@@ -78,14 +78,36 @@ def save_trace(path, tokens, model, about):
         beside.replace(target)
         viewer = Path(__file__).with_name("viewer.html").as_uri()
         print(
-            f"{path}: {len(trace)} tensors, {target.stat().st_size / 1e6:.1f} MB; to look at them open {viewer} "
-            "in a browser and drop the file there",
+            f"{path}: {len(trace)} tensors, {target.stat().st_size / 1e6:.1f} MB; to look at them open "
+            f"{viewer} in a browser and drop the file there",
             file=sys.stderr,
         )
     except (OSError, safetensors.SafetensorError) as problem:
         raise ValueError(f"{path}: the trace cannot be written ({problem})") from None
     finally:
         beside.unlink(missing_ok=True)
+
+
+def compose(*probes):
+    """One probe of several, in their order: each sees what the one before it returned."""
+
+    def probe(name, dims, tensor):
+        for one in probes:
+            tensor = one(name, dims, tensor)
+        return tensor
+
+    return probe
+
+
+def break_at(*patterns):
+    """A probe that calls breakpoint() at tensors whose name matches a glob pattern; "up" leads to forward."""
+
+    def probe(name, dims, tensor):
+        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+            breakpoint()
+        return tensor
+
+    return probe
 
 
 def forward_with_breakpoints(forward, patterns, params):
