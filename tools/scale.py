@@ -1,0 +1,153 @@
+"""How fast could several GPUs be, and where do more of them stop helping? Computed, not measured.
+
+    python tools/scale.py > tools/scale.md
+
+One row of tokens, decoded by N GPUs that each hold 1/N of every matrix (tensor parallelism as in Megatron-LM,
+Shoeybi et al. 2019): whole heads, a slice of F, a slice of V. A step reads each GPU's weights and keys and
+values once, and sums x over the GPUs twice a layer. All assumptions stand in the two tables below.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from llama3_from_scratch import fill_params, weight_shapes
+
+# params.json of the releases (llama-models, models/sku_list.py).
+MODELS = {
+    "8B": {"dim": 4096, "n_layers": 32, "n_heads": 32, "ffn_dim_multiplier": 1.3, "multiple_of": 1024},
+    "70B": {"dim": 8192, "n_layers": 80, "n_heads": 64, "ffn_dim_multiplier": 1.3, "multiple_of": 4096},
+    "405B": {"dim": 16384, "n_layers": 126, "n_heads": 128, "ffn_dim_multiplier": 1.2, "multiple_of": 4096},
+}
+# GB of memory, GB/s of memory, GB/s to other GPUs of the node (NVLink, one direction), GB/s to other nodes
+# (one network port a GPU): NVIDIA's data sheets for the SXM modules, and for the DGX machines around them.
+GPUS = {
+    "A100": (80, 2039, 300, 25),
+    "H100": (80, 3350, 450, 50),
+    "H200": (141, 4800, 450, 50),
+}
+SHARE = 0.69  # of the memory's bandwidth that a step reaches: 8B on one A100 in gpt-fast
+LATENCY = 35e-6  # seconds that a sum over the GPUs of a node takes beside its bytes: 8B on eight A100s there
+FAR = 20e-6  # seconds more where it crosses nodes: an assumption
+NODE, POSITIONS = 8, 8192  # GPUs of a node; tokens in the cache
+OTHER = 2  # GB a GPU for all else
+WIDTH = 2  # bytes of a bfloat16 number
+# tokens a second of gpt-fast (README, bfloat16, A100 80 GB): model, GPUs. The first two gave SHARE and LATENCY.
+PUBLISHED = {("8B", 1): 93.9, ("8B", 8): 276, ("70B", 8): 58.8}
+
+
+def sizes(model):
+    """All params, and the bytes of all weights and of those that a step reads."""
+    params = fill_params(MODELS[model] | {"n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-5})
+    whole = {name: WIDTH * math.prod(shape) for name, shape in weight_shapes(params).items()}
+    return params, sum(whole.values()), sum(whole.values()) - whole["tok_embeddings.weight"]  # it reads a row
+
+
+def step(model, gpu, N, positions=POSITIONS):
+    """Of one GPU of N: bytes of memory, bytes read, messages and their bytes, seconds to read and to sum."""
+    params, held, read = sizes(model)
+    _, bandwidth, near, far = GPUS[gpu]
+    heads = max(1, params["n_kv_heads"] // N)  # some are held twice
+    cache = 2 * WIDTH * params["n_layers"] * heads * params["head_dim"] * positions
+    sums = 2 * params["n_layers"] + 1 if N > 1 else 0  # after wo, after w2, and of the embedding
+    moved = (
+        sums * 2 * (N - 1) / N * WIDTH * params["dim"]
+    )  # a ring sends each number twice, less its own part
+    moved += 4 * params["vocab_size"] * (N - 1) / N if N > 1 else 0  # the logits, joined, float32
+    messages = sums + (N > 1)
+    reading = (read / N + cache) / (SHARE * bandwidth * 1e9)
+    link, wait = (far, LATENCY + FAR) if N > NODE else (near, LATENCY)
+    return (
+        held / N + cache + OTHER * 1e9,
+        read / N + cache,
+        messages,
+        moved,
+        reading,
+        messages * wait + moved / (link * 1e9),
+    )
+
+
+def table(model):
+    lines = [
+        "| GPUs | GB a GPU | GB read a token | messages a token | MB sent | A100 | H100 | H200 "
+        "| time for messages (H100) |",
+        "| ---: " * 9 + "|",
+    ]
+    for N in (1, 2, 4, 8, 16):
+        memory, read, messages, moved, *_ = step(model, "H100", N)
+        speeds = []
+        for gpu, (room, *_) in GPUS.items():
+            *_, reading, summing = step(model, gpu, N)
+            speeds.append(f"{1 / (reading + summing):.1f}" if memory <= room * 1e9 else "does not fit")
+        *_, reading, summing = step(model, "H100", N)
+        lines.append(
+            f"| {N} | {memory / 1e9:.1f} | {read / 1e9:.2f} | {messages} | {moved / 1e6:.2f} "
+            f"| {' | '.join(speeds)} | {summing / (reading + summing):.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def enough(model, gpu):
+    """The most GPUs, of 1 to 16, whose last doubling still gives 1.25 times the speed."""
+    seconds = {N: sum(step(model, gpu, N)[-2:]) for N in (1, 2, 4, 8, 16)}
+    return max(N for N in seconds if N == 1 or seconds[N // 2] / seconds[N] >= 1.25)
+
+
+def report():
+    rows = []
+    for (model, N), known in PUBLISHED.items():
+        found = 1 / sum(step(model, "A100", N, positions=200)[-2:])
+        rows.append(f"| {model} | {N} | {known} | {found:.1f} | {found / known - 1:+.0%} |")
+    limits = "\n".join(
+        f"- {model}: {', '.join(f'{enough(model, gpu)} {gpu}s' for gpu in GPUS)}" for model in MODELS
+    )
+    tables = "\n\n".join(f"### {model}\n\n{table(model)}" for model in MODELS)
+    machines = "\n".join(
+        f"| {gpu} | {a} GB | {b:,} GB/s | {c} GB/s | {d} GB/s |" for gpu, (a, b, c, d) in GPUS.items()
+    )
+    return f"""# Several GPUs: what to expect
+
+Computed by `python tools/scale.py > tools/scale.md`. Nothing here was measured by us: it is a plan, and for
+now the script runs on one GPU only. One row of tokens, bfloat16, a cache of {POSITIONS:,} positions.
+
+## Assumptions
+
+Every GPU holds 1/N of each matrix and of the keys and values (above 8 GPUs some of the 8 heads are
+held twice). A step reads them once at {SHARE:.0%} of the memory's bandwidth. After `wo` and after `w2` the
+GPUs sum D numbers, once more for the embedding; the logits are joined at the end. Each of these messages takes
+{LATENCY * 1e6:.0f} µs within a node of {NODE} GPUs, {(LATENCY + FAR) * 1e6:.0f} µs across nodes, and the time of \
+its bytes. Nothing overlaps. {OTHER} GB a GPU are
+for all else.
+
+| | memory | bandwidth | to the same node | to another node |
+| --- | ---: | ---: | ---: | ---: |
+{machines}
+
+Bandwidths are from NVIDIA's data sheets (SXM modules, one direction of NVLink, one network port a GPU).
+The {SHARE:.0%} and the {LATENCY * 1e6:.0f} µs are fitted to the first two figures that gpt-fast publishes for A100s; the
+third is foretold:
+
+| model | A100s | gpt-fast, tok/s | here, tok/s | error |
+| --- | ---: | ---: | ---: | ---: |
+{chr(10).join(rows)}
+
+## Tokens a second
+
+{tables}
+
+## Where more GPUs stop helping
+
+The most GPUs, of 1, 2, 4, 8, 16, whose last doubling still gives 1.25 times the speed, whether or not the
+model fits fewer:
+
+{limits}
+
+The messages do not get shorter with more GPUs: a step of {sizes("8B")[0]["n_layers"]} layers waits for \
+{step("8B", "H100", 2)[2]} of them, one of {sizes("405B")[0]["n_layers"]}
+layers for {step("405B", "H100", 2)[2]}. More GPUs then serve more rows, not faster ones.
+"""
+
+
+if __name__ == "__main__":
+    sys.stdout.write(report())
