@@ -32,6 +32,11 @@ def port(tokens, weights, params, made=(), dtype=torch.float64):
     w = {name.removesuffix(".weight"): x.to(dtype) for name, x in weights.items()}
     trace = {"tokens": tokens}
 
+    if "attention_norm and ffn_norm are swapped" in made:
+        for i in range(params["n_layers"]):
+            a, b = f"layers.{i}.attention_norm", f"layers.{i}.ffn_norm"
+            w[a], w[b] = w[b], w[a]
+
     def norm(x, weight):
         if "norm weights are forgotten" in made:
             weight = torch.ones_like(weight)
@@ -82,8 +87,9 @@ def port(tokens, weights, params, made=(), dtype=torch.float64):
         q, k, v = (times(h, f"{p}attention.{n}") for n in ("wq", "wk", "wv"))
         q, k, v = split(q, H), split(k, K), split(v, K)
         trace |= {p + "attention.q": q, p + "attention.k": k, p + "attention.v": v}
-        q = trace[p + "attention.q_rotated"] = turn(q)
-        k = k if "RoPE is not applied to k" in made else turn(k)
+        q = q if {"RoPE is not applied to q", "RoPE is not applied"} & set(made) else turn(q)
+        k = k if {"RoPE is not applied to k", "RoPE is not applied"} & set(made) else turn(k)
+        trace[p + "attention.q_rotated"] = q
         trace[p + "attention.k_rotated"] = k
         v = turn(v) if "RoPE is applied to v too" in made else v
         repeat = torch.Tensor.repeat_interleave
@@ -98,6 +104,8 @@ def port(tokens, weights, params, made=(), dtype=torch.float64):
             size = 1
         if "scores are divided by sqrt(D)" in made:
             size = params["dim"]
+        if "scores are divided by E" in made:
+            size = E * E
         scores = q @ k.transpose(2, 3) / math.sqrt(size)
         off = 1 + ("the mask lets each token see the next one" in made)
         off -= "the mask hides each token from itself" in made
@@ -112,7 +120,10 @@ def port(tokens, weights, params, made=(), dtype=torch.float64):
         probs = probs.masked_fill(hidden, 0) if late else probs
         trace[p + "attention.probs"] = probs
         heads = trace[p + "attention.heads"] = probs @ v
-        out = times(heads.transpose(1, 2).flatten(2), p + "attention.wo")
+        merged = heads.transpose(1, 2).flatten(2)
+        if "heads are merged without transposing" in made:
+            merged = heads.contiguous().view(B, T, -1)
+        out = times(merged, p + "attention.wo")
         trace[p + "attention.out"] = out
         alone = {"the residual is forgotten", "the residual around attention is forgotten"} & set(made)
         x = trace[p + "after_attention"] = out if alone else x + out

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, SMALL, random_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -255,6 +255,17 @@ def test_two_traces(page, trace, tmp_path):
 
     look(page, file, file)  # the file input hands over both
     page.wait_for_selector("text=The two agree in all they share.")
+    look(page, file, trace / "bfloat16.safetensors")  # rounding is no difference, in float32 logits neither
+    page.wait_for_selector("text=The two agree in all they share.")
+    page.set_input_files("#file", [file, file, file])
+    page.wait_for_selector("#message:has-text('Two traces at most')")
+    (tmp_path / "again.safetensors").write_bytes(file.read_bytes())
+    look(page, tmp_path / "again.safetensors")
+    save_file(held | {"norm": held["norm"] * 0}, tmp_path / "again.safetensors")
+    page.set_input_files("#file", tmp_path / "again.safetensors")  # the same name: it takes the place
+    choose(page, "norm")
+    page.wait_for_selector("button[data-name=norm] >> text=0 … 0")
+    assert page.is_hidden("#message")
 
 
 def test_every_number_and_every_dtype(page, tmp_path):
@@ -293,6 +304,61 @@ def test_every_number_and_every_dtype(page, tmp_path):
     for name in ("empty", "one", "line"):
         page.click(f"#list button[data-name={name}]")
         page.wait_for_selector("#picture:has-text('It is empty')" if name == "empty" else "#picture canvas")
+
+
+def test_traces_of_other_software(page, tmp_path):
+    """A batch, norm of the last position only, one token, a lens that is none."""
+    params, weights = llama.fill_params(SMALL | {"n_layers": 1}), None
+    weights = random_weights(params, 0, False, torch.float32)
+    tokens, held = torch.tensor([[5, 6, 7], [50, 60, 70]]), {}
+    llama.forward(tokens, weights, params, probe=llama.record(held))
+    held |= {"norm": held["norm"][:, -1:].contiguous(), "lens.ids": torch.zeros(3, dtype=torch.int64)}
+    save_file(held, tmp_path / "t.safetensors")
+    look(page, tmp_path / "t.safetensors")
+    choose(page, "layers.0.attention.probs")
+    page.keyboard.press("ArrowLeft")
+    page.wait_for_selector("text=row 1, head 7")
+    page.wait_for_selector("#picture[aria-busy=false]")
+    assert page.eval_on_selector_all("#tokens button", "all => all.map(x => x.textContent)") == [
+        "#50",
+        "#60",
+        "#70",
+    ]
+    for text in sweep(page, 5):
+        i, j, value = re.fullmatch(r"#(\d)0 → #(\d)0: (\S+)", text).groups()
+        assert the_same(value, held["layers.0.attention.probs"][1, 7, int(i) - 5, int(j) - 5])
+    choose(page, "norm")
+    assert all(text.startswith("#70, dim ") for text in sweep(page, 5))
+    choose(page, "logit lens")
+    assert "holds no logit lens" in page.text_content("#picture")
+    choose(page, "layers.0.attention.probs")  # and back at the head that was chosen
+    assert "row 1, head 7" in page.text_content("#controls")
+
+    one = {}
+    llama.forward(tokens[:1, :1], weights, params, probe=llama.record(one))
+    save_file(one, tmp_path / "one.safetensors")
+    look(page, tmp_path / "one.safetensors")
+    choose(page, "layers.0.attention.probs")
+    page.keyboard.press(".")
+    choose(page, "layers.0.attention.q")
+    assert "pair 0 of 4" in page.text_content("#controls")
+
+
+def test_long_prompts_fit_the_window(page, tmp_path):
+    words = "Once upon a time a llama met a zebra. " * 12
+    flags = ["--save-trace", str(tmp_path / "t.safetensors"), "--max-new-tokens", "0", "--show", "none"]
+    assert llama.main([words, *flags]) == 0
+    look(page, tmp_path / "t.safetensors")
+    for name in ("layers.1.attention.probs", "layers.1.feed_forward.hidden", "layers.1.out", "logit lens"):
+        choose(page, name)
+        box = page.locator("#readout").bounding_box()
+        assert 0 <= box["y"] < 300, name
+        chip = page.locator("#tokens button[aria-pressed=true]").bounding_box()
+        assert 0 <= chip["x"] and chip["x"] + chip["width"] <= 1280
+        if name.endswith("probs"):
+            page.wait_for_selector("#thumbs button >> nth=7")
+            box = page.locator("#thumbs button >> nth=7").bounding_box()
+            assert box["y"] + box["height"] <= 800
 
 
 def header(content, data=b""):

@@ -74,9 +74,22 @@ def rope_on_v(name, x, seen, run):
         return rotate(x, turns_of(run))
 
 
-def no_rope_on_k(name, x, seen, run):
-    if name == "attention.k_rotated":
-        return seen["attention.k"]
+def no_rope_on(*parts):
+    """q or k or both as they were before RoPE."""
+
+    def inject(name, x, seen, run):
+        if name in [f"attention.{part}_rotated" for part in parts]:
+            return seen[name.removesuffix("_rotated")]
+
+    return {"inject": inject}
+
+
+def merged_as_they_lie(name, x, seen, run):
+    if name == "attention.out":
+        heads = seen["attention.heads"]  # B H T E
+        return project(
+            heads.reshape(x.shape[:2] + (-1,)), run["weights"][f"{seen['layer']}attention.wo.weight"]
+        )
 
 
 def repeated(x, run, tiled=False):
@@ -228,11 +241,15 @@ def params(**changes):
     return {"params": lambda held: held | changes}
 
 
-def other(name, w, held):
-    """The weight that w1 or w3 is taken for."""
-    for a, b in (("w1", "w3"), ("w3", "w1")):
-        if name.endswith(f"feed_forward.{a}.weight"):
-            return held[name.replace(a, b)]
+def swapped(a, b):
+    """Two weights of a layer, each taken for the other."""
+
+    def change(name, w, held):
+        for one, other in ((a, b), (b, a)):
+            if name.startswith("layers.") and name.endswith(f".{one}.weight"):
+                return held[name.replace(one, other)]
+
+    return weights(change)
 
 
 def transposed(part):
@@ -283,7 +300,9 @@ MISTAKES = {  # what it is: (how it is made, the mend)
         "(a, b) becomes (a cos - b sin, a sin + b cos)",
     ),
     "RoPE is applied to v too": ({"inject": rope_on_v}, "rotate q and k alone"),
-    "RoPE is not applied to k": ({"inject": no_rope_on_k}, "rotate k as q"),
+    "RoPE is not applied to k": (no_rope_on("k"), "rotate k as q"),
+    "RoPE is not applied to q": (no_rope_on("q"), "rotate q as k"),
+    "RoPE is not applied": (no_rope_on("q", "k"), "rotate q and k before the scores"),
     "scores are not divided by sqrt(E)": (
         scaled(lambda p: math.sqrt(p["head_dim"])),
         "divide q @ k by the square root of the head dim",
@@ -291,6 +310,10 @@ MISTAKES = {  # what it is: (how it is made, the mend)
     "scores are divided by sqrt(D)": (
         scaled(lambda p: math.sqrt(p["head_dim"] / p["dim"])),
         "the head dim's square root, not the model dim's",
+    ),
+    "scores are divided by E": (
+        scaled(lambda p: 1 / math.sqrt(p["head_dim"])),
+        "divide q @ k by the square root of the head dim",
     ),
     "there is no causal mask": (mask(), "set scores of later tokens to -inf before the softmax"),
     "the mask lets each token see the next one": (mask(1), "the diagonal is the last that is seen"),
@@ -305,12 +328,23 @@ MISTAKES = {  # what it is: (how it is made, the mend)
         {"inject": tiled_heads},
         "query head h reads key/value head h // G (repeat_interleave, not repeat)",
     ),
+    "heads are merged without transposing": (
+        {"inject": merged_as_they_lie},
+        "B H T E to B T H E first, then heads side by side",
+    ),
+    "attention_norm and ffn_norm are swapped": (
+        swapped("attention_norm", "ffn_norm"),
+        "input_layernorm is attention_norm, post_attention_layernorm is ffn_norm",
+    ),
     "norm eps is 1e-6": (params(norm_eps=1e-6), "take norm_eps from params.json"),
     "norms are computed in bfloat16": (norms(norm_in_bfloat16), "square and average in float32"),
     "norm weights are forgotten": (norm_weights(torch.ones_like), "multiply by the weight after the norm"),
     "norm weights have 1 added": (norm_weights(lambda w: w + 1), "that is Gemma's; Llama multiplies by w"),
     "LayerNorm in place of RMSNorm": (norms(layer_norm), "RMSNorm does not subtract the mean"),
-    "w1 and w3 are swapped": (weights(other), "silu(w1 x) * w3 x: gate_proj is w1, up_proj is w3"),
+    "w1 and w3 are swapped": (
+        swapped("feed_forward.w1", "feed_forward.w3"),
+        "silu(w1 x) * w3 x: gate_proj is w1, up_proj is w3",
+    ),
     "GELU in place of SiLU": (activation(torch.nn.functional.gelu), "the gate is silu(w1 x)"),
     "tanh GELU in place of SiLU": (
         activation(lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
@@ -500,9 +534,9 @@ def diagnose(theirs, tokens, weights, params, tolerances, most=3):
         return {name: d["relative"] for name, d in found.items()}
 
     def next_difference(found, mistakes, right):
-        """Rounding to bfloat16 on purpose need only come ten times as near as not to."""
+        """Rounding to bfloat16 on purpose need only come ten times as near as not to, where that was near."""
         for name, error in found.items():
-            near = right[name] / 10 if any("bfloat16" in mistake for mistake in mistakes) else 0
+            near = min(right[name] / 10, 2e-3) if any("bfloat16" in mistake for mistake in mistakes) else 0
             if error > max(tolerances[name], near):
                 return name
 
@@ -532,7 +566,7 @@ def diagnose(theirs, tokens, weights, params, tolerances, most=3):
         for n, mistake in enumerate(best[0]):
             alike = [pair[n] for pair in best] if len(best[0]) == 1 else [mistake]
             last = n == len(best[0]) - 1
-            steps.append({"first": first, "mistakes": alike, "until": reach[best[0]] if last else first})
+            steps.append({"first": first, "mistakes": alike, "until": reach[best[0]] if last else "together"})
         made += best[0]
         first = reach[best[0]]
     return steps
@@ -543,6 +577,8 @@ def diagnose(theirs, tokens, weights, params, tolerances, most=3):
 
 def read_theirs(path, names):
     """Tensors and metadata of their file, under our names; ValueError in one line if it cannot be used."""
+    if Path(path).is_dir():
+        raise ValueError(f"{path}: a folder, not a safetensors file")
     try:
         with safetensors.safe_open(path, "pt") as file:
             held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -625,8 +661,12 @@ def run(args):
             )
         for name in known:
             bad = theirs[name].isnan() | (theirs[name].isinf() & (not name.endswith("scores")))
-            if bad.any() or not theirs[name].numel() or not theirs[name].is_floating_point():
-                raise ValueError(f"{args.theirs}: {name} holds NaN, infinity, nothing, or no real numbers")
+            if not theirs[name].is_floating_point() or not theirs[name].numel():
+                kind, shape = theirs[name].dtype, tuple(theirs[name].shape)
+                raise ValueError(f"{args.theirs}: {name} is {kind} {shape}; real numbers are expected")
+            if bad.any():
+                place = bad.nonzero()[0].tolist()
+                raise ValueError(f"{args.theirs}: {name} holds {theirs[name][tuple(place)]} at {place}")
         tolerances = tolerances_of(args, theirs, trace, about, tokens, weights, params)
         found = compare(theirs, trace, tolerances, G)
         steps = diagnose(theirs, tokens, weights, params, tolerances)
@@ -666,9 +706,17 @@ def report(args, theirs, found, tolerances, steps, odd, params):
     print()
     if odd:
         print(f"{odd[0].upper()}{odd[1:]}.")
+    of = 4 + 17 * params["n_layers"] - 1  # all but the tokens
     worst = max((d["relative"] for n, d in found.items() if d["relative"] <= tolerances[n]), default=0)
     if not steps:
-        print(f"Everything agrees to {worst:.1e}: {len(found)} tensors.")
+        print(
+            f"Everything agrees to {worst:.1e}{' on these tokens' * bool(odd)}: {len(found)} of {of} tensors."
+        )
+        if max(tolerances.values()) > 1e-3 and not args.tolerance:
+            print(
+                "In 16 bits small mistakes do not show (norm_eps, RoPE scaling of a short prompt):\n"
+                "to be sure, compare a dump in float32, of some hundred tokens."
+            )
         return
     order = list(found)
     for n, step in enumerate(steps):
@@ -683,13 +731,19 @@ def report(args, theirs, found, tolerances, steps, odd, params):
             print(f"With that made here too, {first} is the next that differs.")
         if not step["mistakes"]:
             print("No mistake that is known here gives these tensors.")
-            if d["relative"] < 0.03 and tolerances[first] < 1e-3 and not args.dtype:
+            exact = before and max(found[name]["relative"] for name in before) < 1e-6
+            if d["relative"] < 0.03 and tolerances[first] < 1e-3 and not args.dtype and not exact:
                 print(
                     "If the port computes in 16 bits, this may be rounding: --dtype bfloat16 allows for it."
                 )
         for name in step["mistakes"]:
-            reach = f"up to {step['until']}" if step["until"] else "to the end"
-            print(f"  It looks like this: {name} (made here, all agrees {reach}).")
+            reach = (
+                f"made here, all agrees up to {step['until']}"
+                if step["until"]
+                else "made here, all agrees to the end"
+            )
+            reach = "two mistakes, of which this is one" if step["until"] == "together" else reach
+            print(f"  It looks like this: {name} ({reach}).")
             print(f"  Mend: {MISTAKES[name][1].format(**params)}.")
 
 

@@ -33,7 +33,7 @@ FAR = 20e-6  # seconds more where it crosses nodes: an assumption
 NODE, POSITIONS = 8, 8192  # GPUs of a node; tokens in the cache
 OTHER = 2  # GB a GPU for all else
 WIDTH = 2  # bytes of a bfloat16 number
-# tokens a second of gpt-fast (README, bfloat16, A100 80 GB): model, GPUs. The first two gave SHARE and LATENCY.
+# tokens a second of gpt-fast (README, bfloat16, A100 80 GB): model, GPUs. Two of them gave SHARE, LATENCY.
 PUBLISHED = {("8B", 1): 93.9, ("8B", 8): 276, ("70B", 8): 58.8}
 
 
@@ -106,6 +106,7 @@ def report():
     machines = "\n".join(
         f"| {gpu} | {a} GB | {b:,} GB/s | {c} GB/s | {d} GB/s |" for gpu, (a, b, c, d) in GPUS.items()
     )
+    near, far = LATENCY * 1e6, (LATENCY + FAR) * 1e6
     return f"""# Several GPUs: what to expect
 
 Computed by `python tools/scale.py > tools/scale.md`. Nothing here was measured by us: it is a plan, and for
@@ -114,19 +115,19 @@ now the script runs on one GPU only. One row of tokens, bfloat16, a cache of {PO
 ## Assumptions
 
 Every GPU holds 1/N of each matrix and of the keys and values (above 8 GPUs some of the 8 heads are
-held twice). A step reads them once at {SHARE:.0%} of the memory's bandwidth. After `wo` and after `w2` the
-GPUs sum D numbers, once more for the embedding; the logits are joined at the end. Each of these messages takes
-{LATENCY * 1e6:.0f} µs within a node of {NODE} GPUs, {(LATENCY + FAR) * 1e6:.0f} µs across nodes, and the time of \
-its bytes. Nothing overlaps. {OTHER} GB a GPU are
-for all else.
+held twice). A step reads them once at {SHARE:.0%} of the memory's bandwidth. After `wo` and `w2`
+the GPUs sum D numbers, once more for the embedding; the logits are joined at the end. Each of these messages
+takes {near:.0f} µs within a node of {NODE} GPUs,
+{far:.0f} µs across nodes, and the time of its bytes. Nothing
+overlaps. {OTHER} GB a GPU are for all else.
 
 | | memory | bandwidth | to the same node | to another node |
 | --- | ---: | ---: | ---: | ---: |
 {machines}
 
 Bandwidths are from NVIDIA's data sheets (SXM modules, one direction of NVLink, one network port a GPU).
-The {SHARE:.0%} and the {LATENCY * 1e6:.0f} µs are fitted to the first two figures that gpt-fast publishes for A100s; the
-third is foretold:
+The {SHARE:.0%} and the {near:.0f} µs are fitted to the first two figures that gpt-fast publishes for A100s;
+the third is foretold:
 
 | model | A100s | gpt-fast, tok/s | here, tok/s | error |
 | --- | ---: | ---: | ---: | ---: |
