@@ -498,6 +498,7 @@ def take_pictures(trace):
 
 
 if __name__ == "__main__":
-    llama.main([PROMPT, "--save-trace", "t.safetensors", "--dtype", "float32", "--max-new-tokens", "0"])
+    prompt = "Ana had a blue kite. She lost her blue"
+    llama.main([prompt, "--save-trace", "t.safetensors", "--dtype", "float32", "--max-new-tokens", "0"])
     take_pictures("t.safetensors")
     os.unlink("t.safetensors")
