@@ -490,8 +490,10 @@ def take_pictures(trace):
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET.split())
         page = chromium.new_page(viewport={"width": 1280, "height": 800})
         look(page, trace)
-        for name, file in (("layers.2.attention.probs", "attention"), ("logit lens", "lens")):
+        for name, file in (("layers.3.attention.probs", "attention"), ("logit lens", "lens")):
             choose(page, name)
+            for _ in range(5 if file == "attention" else 0):  # the head of the README's example
+                page.keyboard.press("ArrowRight")
             page.wait_for_timeout(1500)
             page.screenshot(path=ROOT / f"tools/viewer_{file}.png")
         chromium.close()
