@@ -616,3 +616,24 @@ def test_a_full_conversation_begins_anew(checkpoint, script):
     result = script(*flags, input=typed, terminal=True)
     assert result.returncode == 0 and "begins anew" in result.stderr
     assert result.stderr.count("decode 9 tokens") >= 3
+
+
+def test_probes_compose(model, capsys, monkeypatch):
+    """Print, record and break in one pass; what one of them changes, the next ones see."""
+    params, weights = model()
+    tokenizer = llama.load_tokenizer(ROOT / "weights/tiny/tokenizer.model")
+    trace, stops = {}, []
+    monkeypatch.setattr(sys, "breakpointhook", lambda: stops.append(len(trace)))
+
+    def halved(name, dims, tensor):
+        return tensor / 2 if name == "layers.0.attention.heads" else tensor
+
+    shown, stop = llama.show_shapes("all", params, tokenizer), inside.break_at("layers.1.*.scores", "norm")
+    probe = inside.compose(halved, shown, llama.record(trace), stop)
+    logits = llama.forward(some_tokens(params), weights, params, probe=probe)
+    assert torch.equal(trace["logits"], logits) and len(trace) == 4 + 17 * params["n_layers"]
+    assert len(stops) == 2 and list(trace)[stops[0] - 1] == "layers.1.attention.scores"
+    assert capsys.readouterr().err.count("B H T E") == 3 * params["n_layers"]
+    plain = {}
+    llama.forward(some_tokens(params), weights, params, probe=llama.record(plain))
+    assert torch.equal(trace["layers.0.attention.heads"] * 2, plain["layers.0.attention.heads"])

@@ -55,7 +55,7 @@ SPECIAL = {"the RoPE scaling factor is 8": {"rope_scaling_factor": 32}, "wk is t
            "wv is transposed": {"n_kv_heads": 8}}  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("mistake", compare.MISTAKES)
 def test_each_mistake_is_named(ported, capsys, mistake, seed):
     folder, file = ported([mistake], seed, **SPECIAL.get(mistake, {}))
