@@ -534,9 +534,9 @@ def diagnose(theirs, tokens, weights, params, tolerances, most=3):
         return {name: d["relative"] for name, d in found.items()}
 
     def next_difference(found, mistakes, right):
-        """Rounding to bfloat16 on purpose need only come ten times as near as not to, where that was near."""
+        """Rounding to bfloat16 on purpose need only come five times as near as not to, where that was near."""
         for name, error in found.items():
-            near = min(right[name] / 10, 2e-3) if any("bfloat16" in mistake for mistake in mistakes) else 0
+            near = min(right[name] / 5, 5e-3) if any("bfloat16" in mistake for mistake in mistakes) else 0
             if error > max(tolerances[name], near):
                 return name
 
