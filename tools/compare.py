@@ -534,7 +534,7 @@ def diagnose(theirs, tokens, weights, params, tolerances, most=3):
         return {name: d["relative"] for name, d in found.items()}
 
     def next_difference(found, mistakes, right):
-        """Rounding to bfloat16 on purpose need only come five times as near as not to, where that was near."""
+        """Rounding to bfloat16 on purpose need only come five times as near, where it was near before."""
         for name, error in found.items():
             near = min(right[name] / 5, 5e-3) if any("bfloat16" in mistake for mistake in mistakes) else 0
             if error > max(tolerances[name], near):
