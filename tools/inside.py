@@ -55,11 +55,9 @@ def save_trace(path, tokens, model, about):
     try:
         beside.touch()
         mode = beside.stat().st_mode  # safetensors would leave a file that only its owner can read
-        logits = forward(tokens, weights, params, probe=record(trace))
-        check_finite(logits, weights)
+        check_finite(forward(tokens, weights, params, probe=record(trace)), weights)
         trace["lens.ids"], trace["lens.probs"] = logit_lens(trace, weights, params)
-        top = logits.topk(min(10, logits.shape[-1])).indices
-        named = torch.cat([trace["tokens"].flatten(), trace["lens.ids"].flatten(), top.flatten().cpu()])
+        named = torch.cat([trace["tokens"].flatten(), trace["lens.ids"].flatten()])
         texts = {n: tokenizer.decode_single_token_bytes(n) for n in named.unique().tolist()}
         about["texts"] = json.dumps(
             {n: text.decode("utf-8", "backslashreplace") for n, text in texts.items()}
