@@ -14,10 +14,10 @@ top to bottom; the heart is `forward`. The code you read is the code that runs a
     python llama3_from_scratch.py --prompts - < questions.txt              many prompts at once, JSON out
     python llama3_from_scratch.py "Once" --temperature 0.8 --top-p 0.9 --seed 1
     python llama3_from_scratch.py "Hello" --weights ~/Llama3.2-1B          real weights, in any layout
-    python llama3_from_scratch.py "Hello" --weights ~/Llama3.1-8B --layers 4 --dtype float32
     python llama3_from_scratch.py "Hello" --weights ~/Llama3.2-1B --compile      faster, once it is compiled
     python llama3_from_scratch.py "Hello" --break-at "layers.0.*.scores"   stop in forward, in the debugger
     python llama3_from_scratch.py "Hello" --save-trace t.safetensors       every tensor of the pass, in a file
+    torchrun --nproc-per-node 8 llama3_from_scratch.py "Hello" --weights ~/Llama3.1-70B          on 8 GPUs
 
 Dimension key, for every docstring; whenever a pass is probed its letters are checked against the real sizes:
     B batch   T new tokens   S positions they can see   D model dim   F feed-forward dim   V vocabulary
@@ -28,7 +28,7 @@ import base64
 import bdb
 import codecs
 import functools
-import importlib.util
+import importlib
 import itertools
 import json
 import math
@@ -50,7 +50,6 @@ import torch
 from torch.nn.functional import pad, silu
 
 # ------------------------------------------------------------------------ the checkpoint
-
 
 def fill_params(given):
     """The sizes of a model: what params.json gives, and where it is silent what Meta's code supplies.
@@ -111,29 +110,10 @@ def meta_files(folder):
     return paths
 
 
-def check_shapes(shards, params):
-    """Checks every tensor's shape, before anything is read. Returns along which dim to join slices, by name.
-
-    None: a shard has the whole. The head is left out if it is tied to the embedding: Meta's 3.2 files hold it
-    as the same memory, other people's not at all.
-    """
-    shapes, N, first = weight_shapes(params), len(shards), next(iter(shards.values()))
-    head, embedding = first.get("output.weight"), first.get("tok_embeddings.weight")
-    if head is None or embedding is not None and head.data_ptr() == embedding.data_ptr():
-        del shapes["output.weight"]
-    dims = {}
-    for (name, shape), (file, shard) in itertools.product(shapes.items(), shards.items()):
-        found = tuple(shard[name].shape) if name in shard else "no such tensor"
-        slices = {tuple(size // N if d == dim else size for d, size in enumerate(shape)): dim
-                  for dim, size in enumerate(shape) if len(shape) > 1 and size % N == 0} or {shape: None}
-        if found not in slices or dims.setdefault(name, slices[found]) != slices[found]:
-            raise ValueError(f"{file}: {name}: expected shape {' or '.join(map(str, slices))} for 1 of {N} "
-                             f"shards, found {found}; are all there, do they and the params belong together?")
-    for file, shard in shards.items():
-        unknown = shard.keys() - shapes.keys() - {"output.weight", "rope.freqs"}  # Llama 2's, not needed
-        if unknown:
-            raise ValueError(f"{file}: {min(unknown)}: a Llama of these sizes has no such tensor")
-    return dims
+def is_tied(shard):
+    """Is the head the embedding? Meta's 3.2 files hold it as the same memory, other people's not at all."""
+    head, embedding = shard.get("output.weight"), shard.get("tok_embeddings.weight")
+    return head is None or embedding is not None and head.data_ptr() == embedding.data_ptr()
 
 
 def load_weights(shards, params, device="cpu", dtype=None, convert=None, n_layers=None):
@@ -141,21 +121,26 @@ def load_weights(shards, params, device="cpu", dtype=None, convert=None, n_layer
 
     One shard in its own dtype on the CPU is used straight from the mapped file. Else tensor after tensor is
     joined, converted (by `convert`, which another layout may bring, and to dtype) and moved, so that memory
-    peaks at the model plus one tensor.
+    peaks at the model plus one tensor. Raises ValueError for a tensor that is missing or has another shape.
     """
-    weights, dims = {}, check_shapes(shards, params)
-    dtype = dtype or next(iter(shards.values()))["tok_embeddings.weight"].dtype
-    for name in weight_shapes(params | {"n_layers": n_layers or params["n_layers"]}):
-        if name in dims:
-            slices = [shard[name] for shard in shards.values()]
-            w = slices[0] if dims[name] is None or len(slices) == 1 else torch.cat(slices, dims[name])
-            weights[name] = (convert(name, w) if convert else w).to(device=device, dtype=dtype)
-    weights.setdefault("output.weight", weights["tok_embeddings.weight"])
+    weights, first = {}, next(iter(shards.values()))
+    for name, shape in weight_shapes(params | {"n_layers": n_layers or params["n_layers"]}).items():
+        if name == "output.weight" and is_tied(first):
+            weights[name] = weights["tok_embeddings.weight"]
+            continue
+        slices = [shard.get(name, torch.empty(0)) for shard in shards.values()]  # Meta cuts rows or columns
+        cut = [d for d, sizes in enumerate(zip(slices[0].shape, shape)) if len(set(sizes)) > 1]
+        found = [size * (len(slices) if d in cut[:1] else 1) for d, size in enumerate(slices[0].shape)]
+        if tuple(found) != shape or any(w.shape != slices[0].shape for w in slices):
+            raise ValueError(f"{name}: expected shape {shape}, found {[tuple(w.shape) for w in slices]}; are "
+                             "all shards there, do they and the params belong together?")
+        w = torch.cat(slices, cut[0]) if cut else slices[0]
+        kind = dtype or first["tok_embeddings.weight"].dtype
+        weights[name] = (convert(name, w) if convert else w).to(device=device, dtype=kind)
     return weights
 
 
 # ------------------------------------------------------------------------ the tokenizer and the chat format
-
 
 def make_tokenizer(ranks, source):
     """A tiktoken Encoding from ranks (each token's bytes to its rank), with Llama 3's 256 special tokens.
@@ -211,16 +196,45 @@ def special(tokenizer, name):
 def chat_message(tokenizer, role, text=None):
     """A message of a conversation as token ids, open if the text is yet to come.
 
-    <|start_header_id|>role<|end_header_id|>, an empty line, the text, <|eot_id|>. Source: llama-models,
-    models/llama3/chat_format.py.
+    <|start_header_id|>role<|end_header_id|>, empty line, text, <|eot_id|> (Meta's llama3/chat_format.py).
     """
     header = [special(tokenizer, "start_header_id"), *encode(tokenizer, role),
               special(tokenizer, "end_header_id"), *encode(tokenizer, "\n\n")]
     return header if text is None else [*header, *encode(tokenizer, text), special(tokenizer, "eot_id")]
 
 
-# ------------------------------------------------------------------------ the heart: the model
+# ------------------------------------------------------------------------ where several processes meet
 
+def processes():
+    """(rank, N): which of how many this is. One alone, unless torchrun has started more."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if several else (0, 1)
+
+
+def summed(x):
+    """The sum of x over all processes. Nothing else in this file goes from one to another."""
+    if processes()[1] > 1:
+        torch.distributed.all_reduce(x)
+    return x
+
+
+def embed(tokens, table):
+    """Rows of the embedding matrix for token ids, B T to B T D. Each of N processes holds V/N of them."""
+    rank, N = processes()
+    if N == 1:
+        return table[tokens]
+    row = tokens - rank * len(table)
+    here = (row >= 0) & (row < len(table))  # else another process has the row, and this one adds zeros
+    return summed(torch.where(here[..., None], table[row.clamp(0, len(table) - 1)], 0))
+
+
+def joined(x):
+    """What N processes hold of the last dim, side by side: B T V/N to B T V."""
+    (rank, N), width = processes(), x.shape[-1]
+    return summed(pad(x, (rank * width, (N - 1 - rank) * width))) if N > 1 else x
+
+
+# ------------------------------------------------------------------------ the heart: the model
 
 def project(x, w):
     """x (B T D) times a matrix: w (F D) gives B T F; w (H E D), one matrix per head, gives B H T E.
@@ -288,7 +302,7 @@ def forward(tokens, weights, params, cache=None, positions=None, last=None,
     turns, rows = rope_turns(positions, params), torch.arange(B, device=tokens.device)[:, None]
 
     tokens = probe("tokens", "B T", tokens)
-    x = probe("tok_embeddings", "B T D", weights["tok_embeddings.weight"][tokens])
+    x = probe("tok_embeddings", "B T D", embed(tokens, weights["tok_embeddings.weight"]))
     for i in range(params["n_layers"]):
         # Attention. What does each token ask, what does it offer, what does it give? Each head has its own.
         h = rms_norm(x, weights[f"layers.{i}.attention_norm.weight"], eps)
@@ -316,7 +330,7 @@ def forward(tokens, weights, params, cache=None, positions=None, last=None,
         probs = probe(f"layers.{i}.attention.probs", "B H T S", scores.softmax(-1))
         heads = (probs.reshape(B, K, G * T, S) @ v).view(B, H, T, E)
         heads = probe(f"layers.{i}.attention.heads", "B H T E", heads)
-        out = project(heads.transpose(1, 2).flatten(2), weights[f"layers.{i}.attention.wo.weight"])
+        out = summed(project(heads.transpose(1, 2).flatten(2), weights[f"layers.{i}.attention.wo.weight"]))
         out = probe(f"layers.{i}.attention.out", "B T D", out)
         x = probe(f"layers.{i}.after_attention", "B T D", x + out)
 
@@ -328,19 +342,18 @@ def forward(tokens, weights, params, cache=None, positions=None, last=None,
         up = project(h, weights[f"layers.{i}.feed_forward.w3.weight"])
         up = probe(f"layers.{i}.feed_forward.up", "B T F", up)
         hidden = probe(f"layers.{i}.feed_forward.hidden", "B T F", gate * up)
-        out = project(hidden, weights[f"layers.{i}.feed_forward.w2.weight"])
+        out = summed(project(hidden, weights[f"layers.{i}.feed_forward.w2.weight"]))
         out = probe(f"layers.{i}.feed_forward.out", "B T D", out)
         x = probe(f"layers.{i}.out", "B T D", x + out)
 
     # Which token comes next? To go on writing, only the last token of each row needs to say.
     x, asked = (x, "B T") if last is None else (x[rows, last[:, None]], "B 1")
     h = probe("norm", f"{asked} D", rms_norm(x, weights["norm.weight"], eps))
-    logits = probe("logits", f"{asked} V", project(h, weights["output.weight"]).float())
+    logits = probe("logits", f"{asked} V", joined(project(h, weights["output.weight"]).float()))
     return logits
 
 
 # ------------------------------------------------------------------------ sample and generate
-
 
 def make_cache(weights, params, B, S=0):
     """Room for S positions: a pair (keys, values) of zeros (B K S E) a layer, in the weights' dtype."""
@@ -414,7 +427,6 @@ def generate(logits, weights, params, cache, positions, choose=sample, step=forw
 
 # ------------------------------------------------------------------------ looking inside: the probes
 
-
 def check_dims(sizes, name, dims, tensor):
     """Binds the letters of dims ("B H T E") to the tensor's sizes; ValueError if a letter means two sizes."""
     letters, found = dims.split(), list(tensor.shape)
@@ -424,10 +436,7 @@ def check_dims(sizes, name, dims, tensor):
 
 
 def show_shapes(which, params, tokenizer):
-    """A probe for one pass: prints names, dims and shapes on stderr, then the five likeliest next tokens.
-
-    which: "all" layers, or "first" for the first layer and one line for the rest.
-    """
+    """A probe for one pass: names, dims, shapes of "all" layers or the "first"; then what is likely next."""
     sizes = {}
 
     def probe(name, dims, tensor):
@@ -464,7 +473,6 @@ def record(trace):
 
 
 # ------------------------------------------------------------------------ the command line
-
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(
@@ -516,23 +524,20 @@ def parse_arguments(argv):
     return args
 
 
-@functools.cache
 def beside(name):
     """A module of this repository by its path, such as weights/layouts.py; ValueError if it is not there."""
     path = Path(__file__).resolve().parent / name
     if not path.is_file():
         raise ValueError(f"for this, {name} is needed beside the script")
-    spec = importlib.util.spec_from_file_location(f"llama3 {name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.path[:0] = {str(path.parent)}.difference(sys.path)
+    return importlib.import_module(path.stem)
 
 
 def load_model(path, device="cpu", dtype=None, n_layers=None, rope_scaling_factor=None, **checks):
     """Weights, params and tokenizer of a folder, and one line on stderr that says what was found.
 
-    dtype None keeps the file's; n_layers leaves out all layers after the first so many. For layouts other
-    than Meta's, and for `checks`, see open_checkpoint in weights/layouts.py.
+    dtype None keeps the file's; n_layers keeps the first so many. `checks`, and how layouts other than Meta's
+    are read: open_checkpoint in weights/layouts.py.
     """
     started = time.perf_counter()
     if (Path(__file__).resolve().parent / "weights" / "layouts.py").is_file():
@@ -547,7 +552,7 @@ def load_model(path, device="cpu", dtype=None, n_layers=None, rope_scaling_facto
     of = params["n_layers"]
     if not 0 < (n_layers or of) <= of:
         raise ValueError(f"{path} has {of} layers, {n_layers} are asked for")
-    if tokenizer.n_vocab != params["vocab_size"]:
+    if tokenizer.n_vocab != params["vocab_size"] * processes()[1]:
         raise ValueError(f"{path}: the tokenizer has {tokenizer.n_vocab} tokens, but vocab_size is "
                          f"{params['vocab_size']}; they are of different models")
     weights = load_weights(shards, params, device, dtype, convert, n_layers)
@@ -560,15 +565,12 @@ def load_model(path, device="cpu", dtype=None, n_layers=None, rope_scaling_facto
 
 
 def prompt_ids(prompt, tokenizer, args, context, said=()):
-    """Token ids of a prompt, behind those said in a conversation: one begin_of_text, at the very start.
-
-    Raises ValueError if it is empty, no UTF-8, or more than the context has room for.
-    """
+    """Token ids of a prompt, behind those `said` before. ValueError if it is empty, no UTF-8, or too long."""
     if not prompt:
         raise ValueError("the prompt is empty")
     if re.search("[\ud800-\udfff]", prompt + (args.system or "")):  # so Python keeps bytes that are no UTF-8
         raise ValueError("the prompt is not valid UTF-8")
-    ids = list(said) or [special(tokenizer, "begin_of_text")]
+    ids = list(said) or [special(tokenizer, "begin_of_text")]  # one, at the very start
     if args.chat:
         if args.system is not None and not said:
             ids += chat_message(tokenizer, "system", args.system)
@@ -588,10 +590,8 @@ def peak_memory(device):
     """In bytes: what tensors took on a GPU, or else this whole process, pages of mapped weights included."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":  # whose Python has no such module
-        return math.nan
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = {"linux": 1024, "darwin": 1}.get(sys.platform)  # Windows' Python has no such module
+    return importlib.import_module("resource").getrusage(0).ru_maxrss * unit if unit else math.nan
 
 
 def answer(ids, cache, model, args, go_on, watched, show, cached=0):
@@ -644,21 +644,19 @@ def run(args):
         text = file.read().decode("utf-8-sig", "surrogateescape").rstrip("\r\n")
         lines = [line.rstrip("\r") for line in text.split("\n")] if args.prompts else [text]
 
-    def positions(tokenizer, context):  # how many the cache will have, for the check of memory
-        longest = prompt_ids(max(lines, key=len) or "?", tokenizer, args, math.inf)
-        return min(len(longest) + args.max_new_tokens, context) * min(len(lines), 32)
-
     model = weights, params, tokenizer = load_model(
         args.weights, args.device, args.dtype and getattr(torch, args.dtype), args.layers,
-        args.rope_scaling_factor, cache_dir=args.cache_dir, force=args.force, positions=positions)
+        args.rope_scaling_factor, cache_dir=args.cache_dir, force=args.force,
+        positions=lambda tokenizer, context: min(len(lines), 32) * min(  # of the cache, to check the memory
+            context, args.max_new_tokens + len(prompt_ids(max(lines, key=len) or "?", tokenizer, args, 1e9))))
     inside = beside("tools/inside.py") if args.break_at else None
     watched = inside.forward_with_breakpoints(forward, args.break_at, params) if inside else forward
-    generator = torch.Generator(args.device)
-    generator.manual_seed(generator.seed() if args.seed is None else args.seed)
+    generator = torch.Generator(args.device).manual_seed(torch.seed() if args.seed is None else args.seed)
 
     def choose(logits):
         check_finite(logits, weights)
-        return sample(logits, args.temperature, args.top_k, args.top_p, generator)
+        tokens = sample(logits, args.temperature, args.top_k, args.top_p, generator)
+        return summed(tokens * (processes()[0] == 0))  # whatever the others drew, process 0 decides
 
     step = beside("tools/compiled.py").compiled_step() if args.compile else forward
     go_on = functools.partial(generate, choose=choose, step=step)
@@ -681,6 +679,8 @@ def main(argv=None):
             setattr(sys, name, open(os.devnull, mode))
     sys.stdout.reconfigure(errors="replace")  # of a terminal that cannot show every letter
     try:
+        if os.environ.get("WORLD_SIZE", "1") != "1":  # started by torchrun
+            return beside("tools/parallel.py").run_together(parse_arguments, argv, run)
         run(parse_arguments(argv))
     except KeyboardInterrupt:
         return 130

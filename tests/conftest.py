@@ -10,9 +10,9 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools"), str(ROOT / "weights")]
 
-from random_checkpoint import random_checkpoint, random_weights  # noqa: E402
+from random_checkpoint import random_checkpoint, random_weights
 
-import llama3_from_scratch as llama  # noqa: E402
+import llama3_from_scratch as llama
 
 SMALL = {
     "dim": 64,

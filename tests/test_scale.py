@@ -24,10 +24,10 @@ def test_a_step_by_hand():
     weights, embedding, cache = 2 * 70.5537e9, 2 * 128256 * 8192, 2 * 2 * 80 * 128 * 1000
     assert memory == pytest.approx(weights / 8 + cache + 2e9, rel=1e-5)
     assert read == pytest.approx((weights - embedding) / 8 + cache, rel=1e-5)
-    assert messages == 2 * 80 + 1 + 1
-    assert moved == pytest.approx(161 * 2 * 7 / 8 * 2 * 8192 + 7 / 8 * 4 * 128256)
+    assert messages == 2 * 80 + 3
+    assert moved == pytest.approx(2 * 7 / 8 * (161 * 2 * 8192 + 4 * 128256 + 8))
     assert reading == pytest.approx(read / (0.69 * 3350e9))
-    assert summing == pytest.approx(162 * 35e-6 + moved / 450e9)
+    assert summing == pytest.approx(163 * 34e-6 + moved / 450e9)
     assert scale.step("70B", "H100", 1)[2:4] == (0, 0)
     far = scale.step("70B", "H100", 16)
-    assert far[-1] == pytest.approx(162 * 55e-6 + far[3] / 50e9)
+    assert far[-1] == pytest.approx(163 * 54e-6 + far[3] / 50e9)

@@ -581,7 +581,7 @@ def read_theirs(path, names):
         raise ValueError(f"{path}: a folder, not a safetensors file")
     try:
         with safetensors.safe_open(path, "pt") as file:
-            held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            held = {name: file.get_tensor(name) for name in file.keys()}  # it is no dict
             about = file.metadata() or {}
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None

@@ -16,7 +16,7 @@ from torch._dynamo import config, mark_dynamic
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from llama3_from_scratch import forward
+from llama3_from_scratch import forward, processes
 
 
 @contextlib.contextmanager
@@ -57,7 +57,7 @@ def compiled_step():
         many = len(tokens) > 1
         if tokens.device.type == "mps":
             raise ValueError("--compile is for CPUs and CUDA, not for mps")
-        run = replay if not tokens.is_cpu else code if many else single
+        run = replay if not tokens.is_cpu else code if many or processes()[1] > 1 else single
         if many in compiled:
             return run(tokens, weights, params, cache, positions, last)
         compiled.add(many)

@@ -4,13 +4,18 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from llama3_from_scratch import answer, make_cache, prompt_ids, special, stop_ids
+from llama3_from_scratch import answer, make_cache, processes, prompt_ids, special, stop_ids
 
 
 def typed_prompts():
-    """One prompt after another from a terminal."""
+    """One prompt after another from a terminal, with several processes from that of the first."""
+    lines = sys.stdin
+    if processes()[1] > 1:
+        import parallel
+
+        lines = parallel.lines_of_process_0(sys.stdin)
     print("type a prompt, then Enter; Ctrl-D ends\n> ", end="", file=sys.stderr, flush=True)
-    for line in sys.stdin:
+    for line in lines:
         if line.strip():
             yield line.rstrip("\r\n")
         print("> ", end="", file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ import safetensors
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from llama3_from_scratch import check_finite, forward, project, record, rms_norm
+from llama3_from_scratch import check_finite, forward, joined, processes, project, record, rms_norm
 
 
 def is_trace(path):
@@ -33,7 +33,7 @@ def logit_lens(trace, weights, params, top=10):
     for i in range(params["n_layers"]):
         x = trace[f"layers.{i}.out"].to(weights["norm.weight"].device)
         h = rms_norm(x, weights["norm.weight"], params["norm_eps"])
-        logits = project(h, weights["output.weight"]).float()
+        logits = joined(project(h, weights["output.weight"]).float())
         found = logits.softmax(-1).topk(min(top, logits.shape[-1]))
         ids.append(found.indices.cpu())
         probs.append(found.values.cpu())
@@ -41,13 +41,35 @@ def logit_lens(trace, weights, params, top=10):
 
 
 @torch.inference_mode()
+def traced(tokens, model):
+    """Every tensor of one pass over tokens (B T), by name, and the logit lens; whole, whoever computed it."""
+    (weights, params, _), trace = model, {}
+    probe = record(trace)
+    if processes()[0] > 0:  # these write no file, and need for the lens no more than
+
+        def probe(name, dims, tensor):
+            return record(trace)(name, dims, tensor) if re.fullmatch(r"layers\.\d+\.out", name) else tensor
+
+    if processes()[1] > 1:
+        import parallel
+
+        probe = parallel.gathering(probe, params)
+    check_finite(forward(tokens, weights, params, probe=probe), weights)
+    trace["lens.ids"], trace["lens.probs"] = logit_lens(trace, weights, params)
+    return trace
+
+
 def save_trace(path, tokens, model, about):
     """Writes every tensor of one pass over tokens (B T), without a cache, to a .safetensors file.
 
     Beside them "lens.ids" and "lens.probs" (logit_lens). about: strings for the metadata; params, dtype and
     the texts of all tokens that tools/viewer.html names are added.
     """
-    (weights, params, tokenizer), trace, target = model, {}, Path(path).resolve()
+    if processes()[0] > 0:  # process 0 writes
+        traced(tokens, model)
+        return
+    (weights, params, tokenizer), target = model, Path(path).resolve()
+    params = params.get("whole", params) | {"n_layers": params["n_layers"]}
     about = about | {"params": json.dumps(params), "dtype": str(weights["norm.weight"].dtype)[6:]}
     beside = target.with_name(f"{target.name}.part")
     if target.exists() and not (target.is_file() and is_trace(target)):
@@ -55,8 +77,7 @@ def save_trace(path, tokens, model, about):
     try:
         beside.touch()
         mode = beside.stat().st_mode  # safetensors would leave a file that only its owner can read
-        check_finite(forward(tokens, weights, params, probe=record(trace)), weights)
-        trace["lens.ids"], trace["lens.probs"] = logit_lens(trace, weights, params)
+        trace = traced(tokens, model)
         named = torch.cat([trace["tokens"].flatten(), trace["lens.ids"].flatten()])
         texts = {n: tokenizer.decode_single_token_bytes(n) for n in named.unique().tolist()}
         about["texts"] = json.dumps(

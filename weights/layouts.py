@@ -7,6 +7,7 @@ release it has before it, whether memory is enough, and what is wrong with a fil
 """
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -22,12 +23,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from llama3_from_scratch import (
-    check_shapes,
     fill_params,
+    is_tied,
     load_tokenizer,
     make_tokenizer,
     meta_files,
     open_pth,
+    processes,
     weight_shapes,
 )
 
@@ -205,6 +207,34 @@ def check_tensors(shards):
                 )
 
 
+def check_shapes(shards, params):
+    """Checks every tensor's shape, before anything is read. Returns along which dim to join slices, by name.
+
+    None: a shard has the whole. The head is left out if it is tied to the embedding.
+    """
+    shapes, N, first = weight_shapes(params), len(shards), next(iter(shards.values()))
+    if is_tied(first):
+        del shapes["output.weight"]
+    dims = {}
+    for (name, shape), (file, shard) in itertools.product(shapes.items(), shards.items()):
+        found = tuple(shard[name].shape) if name in shard else "no such tensor"
+        slices = {
+            tuple(size // N if d == dim else size for d, size in enumerate(shape)): dim
+            for dim, size in enumerate(shape)
+            if len(shape) > 1 and size % N == 0
+        } or {shape: None}
+        if found not in slices or dims.setdefault(name, slices[found]) != slices[found]:
+            raise ValueError(
+                f"{file}: {name}: expected shape {' or '.join(map(str, slices))} for 1 of {N} "
+                f"shards, found {found}; are all there, do they and the params belong together?"
+            )
+    for file, shard in shards.items():
+        unknown = shard.keys() - shapes.keys() - {"output.weight", "rope.freqs"}  # Llama 2's, not needed
+        if unknown:
+            raise ValueError(f"{file}: {min(unknown)}: a Llama of these sizes has no such tensor")
+    return dims
+
+
 def free_memory(device):
     """Bytes that can still be allocated, as far as the system tells; else infinitely many."""
     if device == "cuda":
@@ -216,8 +246,11 @@ def free_memory(device):
 
 def check_memory(params, numbers, device, itemsize, positions):
     """Weights (so many numbers) and cache of this run, known from headers alone, against what is free."""
-    weights = numbers * itemsize
-    cache = params["n_layers"] * 2 * params["n_kv_heads"] * positions * params["head_dim"] * itemsize
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device == "cpu" else 1  # one memory for all
+    weights = sharing * numbers * itemsize
+    cache = (
+        params["n_layers"] * 2 * params["n_kv_heads"] * positions * params["head_dim"] * itemsize * sharing
+    )
     free = free_memory(device)
     if weights + cache > free:
         raise ValueError(
@@ -315,7 +348,7 @@ def open_safetensors(path):
     """The tensors of a .safetensors file by name, on the mapped file: nothing is read or copied yet."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            return {name: file.get_tensor(name) for name in file.keys()}  # it is no dict
     except Exception as problem:  # safetensors, torch and the system each have their own
         raise explain(path, "a safetensors file", problem) from None
 
@@ -642,8 +675,17 @@ def open_checkpoint(path, device="cpu", dtype=None, n_layers=None, rope_scaling_
     is free, ValueError, unless force. Returns params, shards (by file name: tensors by Meta's name),
     tokenizer, what `load_weights` is to do to each whole tensor (or None), and words for the report.
     """
+    several = processes()[1] > 1
+    if several:
+        import parallel  # tools/parallel.py, which has started them
     try:
-        local = Path(cached_copy(str(path), cache_dir) if "://" in str(path) else path).expanduser()
+        local = Path(path).expanduser()
+        if "://" in str(path):
+
+            def copy():
+                return cached_copy(str(path), cache_dir)
+
+            local = parallel.one_after_the_other(copy) if several else copy()
     except RuntimeError as problem:  # ~nobody
         raise ValueError(f"{path}: {first_line(problem)}") from None
     if not local.is_dir() and not local.is_file():
@@ -668,10 +710,14 @@ def open_checkpoint(path, device="cpu", dtype=None, n_layers=None, rope_scaling_
         params |= {"rope_scaling_factor": rope_scaling_factor, "rope_scaling_from": "--rope-scaling-factor"}
     check_tensors(shards)
     held = check_shapes(shards, params)
+    words += f", {understood(params, shards)}"
+    kind = dtype or next(iter(shards.values()))["tok_embeddings.weight"].dtype
+    if several:
+        params, shards, convert = parallel.own_share(params, shards, held, tokenizer, convert)
+        words += f", one of {processes()[1]} shares"
     if not force:
         layers = params | {"n_layers": min(n_layers or params["n_layers"], params["n_layers"])}
-        kind = dtype or next(iter(shards.values()))["tok_embeddings.weight"].dtype
         numbers = sum(math.prod(shape) for name, shape in weight_shapes(layers).items() if name in held)
         room = positions(tokenizer, params["max_seq_len"]) if positions else 0
         check_memory(layers, numbers, device, kind.itemsize, room)
-    return params, shards, tokenizer, convert, f"{words}, {understood(params, shards)}"
+    return params, shards, tokenizer, convert, words

@@ -1,0 +1,485 @@
+"""Several processes that share a model, as torchrun starts them, give what one process gives; or end soon."""
+
+import itertools
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, relative_error, some_tokens
+from random_checkpoint import random_checkpoint, random_weights, split
+from safetensors.torch import load_file, save_file
+
+import llama3_from_scratch as llama
+
+parallel = llama.beside("tools/parallel.py")
+SCRIPT = ROOT / "llama3_from_scratch.py"
+
+
+def torchrun(N, *command, nodes=1, node=0, port=0):
+    """A started torchrun with N processes a node, its output piped, in a process group of its own."""
+    where = ["--nnodes", nodes, "--node-rank", node, "--master-addr", "127.0.0.1", "--master-port", port]
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", N, *(where if nodes > 1 else []), *command]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+        start_new_session=True,
+    )
+
+
+def finished(process, input=None, within=120):
+    """(exit code, stdout, stderr, lines that begin with "error:") of a torchrun; it is killed if it hangs."""
+    try:
+        out, err = process.communicate(input, timeout=within)
+    except subprocess.TimeoutExpired:
+        for pid, _ in workers(process):
+            os.kill(pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return process.returncode, out, err, [line for line in err.splitlines() if line.startswith("error:")]
+
+
+def workers(process):
+    """(pid, rank) of each process that this torchrun has started."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == process.pid:
+                rank = re.search(rb"(?:^|\0)RANK=(\d+)", (folder / "environ").read_bytes())
+                found += [(int(folder.name), int(rank[1]))] if rank else []
+        except (OSError, ValueError):
+            continue
+    return found
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+# ------------------------------------------------------------------------------------ the same logits
+
+
+def hugging_face_folder(folder, sizes, files=1, **options):
+    """A Hugging Face folder with the same numbers as the random checkpoint of these sizes and options."""
+    meta = random_checkpoint(folder / "original", sizes, **options)
+    weights = random_weights(llama.read_params(meta), options.get("seed", 0), dtype=options["dtype"])
+    layouts, params = llama.beside("weights/layouts.py"), llama.read_params(meta)
+    tensors = {}
+    for name, w in weights.items():
+        layer = re.search(r"\.(\d+)\.", name)
+        pattern = name.removesuffix(".weight").replace(f".{layer[1]}." if layer else "\0", ".{}.")
+        (theirs,) = [names[1] for names in layouts.NAMES if names[0] == pattern]
+        if name.endswith(
+            ("wq.weight", "wk.weight")
+        ):  # the other way round: first all even rows, then all odd
+            w = w.view(-1, params["head_dim"] // 2, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
+        tensors[f"{theirs.format(layer and layer[1])}.weight"] = w.contiguous()
+    names, where = sorted(tensors), {}
+    for n in range(files):
+        file = f"model-{n:05}-of-{files:05}.safetensors" if files > 1 else "model.safetensors"
+        save_file({name: tensors[name] for name in names[n::files]}, folder / file, {"format": "pt"})
+        where |= dict.fromkeys(names[n::files], file)
+    if files > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    config = {
+        "model_type": "llama",
+        "hidden_size": params["dim"],
+        "num_hidden_layers": params["n_layers"],
+        "num_attention_heads": params["n_heads"],
+        "num_key_value_heads": params["n_kv_heads"],
+        "vocab_size": params["vocab_size"],
+        "rms_norm_eps": params["norm_eps"],
+        "intermediate_size": params["ffn_dim"],
+        "rope_theta": params["rope_theta"],
+        "max_position_embeddings": params["max_seq_len"],
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": params["rope_scaling_factor"],
+            "low_freq_factor": 1,
+            "high_freq_factor": 4,
+            "original_max_position_embeddings": 8192,
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (meta / "tokenizer.model").rename(folder / "tokenizer.model")
+    for file in meta.iterdir():
+        file.unlink()
+    meta.rmdir()
+    return folder
+
+
+def llama_2_shards(folder):
+    """The embedding cut along the model dim, as Llama 2's shards have it."""
+    files = sorted(folder.glob("*.pth"))
+    shards = [torch.load(file) for file in files]
+    whole = torch.cat([shard["tok_embeddings.weight"] for shard in shards])
+    for file, shard, part in zip(files, shards, whole.chunk(len(files), 1)):
+        shard["tok_embeddings.weight"] = part.clone()
+        torch.save(shard, file)
+    return folder
+
+
+def heads_held_twice(folder, sizes):
+    """16 shards of a model with 8 key/value heads, each of which stands twice, as in 405B's release."""
+    random_checkpoint(folder, sizes | {"n_heads": 16, "n_kv_heads": 16}, shards=16, dtype=torch.float32)
+    files = sorted(folder.glob("*.pth"))
+    for one, other in zip(files[::2], files[1::2]):
+        first, second = torch.load(one), torch.load(other)
+        for name in first:
+            if name.endswith(("wk.weight", "wv.weight")):
+                second[name] = first[name].clone()
+        torch.save(second, other)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Checkpoints in all layouts, in float32, by name."""
+    root, dtype = tmp_path_factory.mktemp("parallel"), torch.float32
+    many = SMALL | {"n_heads": 16, "n_kv_heads": 8}
+    made = {f"{S} shards": random_checkpoint(root / f"s{S}", SMALL, S, dtype=dtype) for S in (1, 2, 4, 8)}
+    for S in (1, 8):
+        made[f"8 key/value heads, {S} shards"] = random_checkpoint(root / f"k{S}", many, S, dtype=dtype)
+    made["16 shards, heads held twice"] = heads_held_twice(root / "twice", SMALL)
+    made["tied"] = random_checkpoint(root / "tied", SMALL, 1, tied=True, dtype=dtype)
+    made["tied, 2 shards"] = random_checkpoint(root / "tied2", SMALL, 2, tied=True, dtype=dtype)
+    made["Llama 2's embedding"] = llama_2_shards(random_checkpoint(root / "two", SMALL, 4, dtype=dtype))
+    made["Hugging Face"] = hugging_face_folder(root / "hf", SMALL, dtype=dtype)
+    made["Hugging Face, 3 files"] = hugging_face_folder(root / "hf3", many, files=3, dtype=dtype, seed=1)
+    return made
+
+
+def greedy(tokens, weights, params, new):
+    cache = llama.make_cache(weights, params, len(tokens))
+    logits = llama.prefill(tokens, weights, params, cache)
+    at = torch.full((len(tokens),), tokens.shape[1])
+    return torch.stack(list(itertools.islice(llama.generate(logits, weights, params, cache, at), new)))
+
+
+@pytest.mark.parametrize("N", [2, 4, 8])
+def test_logits_and_tokens_are_those_of_one_process(folders, tmp_path, N):
+    """For every layout: fewer, as many and more processes than shards and than key/value heads."""
+    tokens = some_tokens(SMALL, B=2, T=20)
+    new = {name: 100 if name == "1 shards" else 3 for name in folders}
+    job = {"folders": {str(folders[name]): new[name] for name in folders}, "tokens": tokens.tolist()}
+    (tmp_path / "job").write_text(json.dumps(job))
+    worker = ROOT / "tests" / "parallel_worker.py"
+    code, _, err, _ = finished(torchrun(N, worker, tmp_path / "job", tmp_path / "out"), within=300)
+    assert code == 0, err
+    found = load_file(tmp_path / "out")
+    for n, (name, folder) in enumerate(folders.items()):
+        weights, params, _ = llama.load_model(folder)
+        with torch.no_grad():
+            expected = llama.forward(tokens, weights, params)
+        assert relative_error(found[f"{n}.logits"], expected) < 1e-6, name
+        assert torch.equal(found[f"{n}.new"], greedy(tokens, weights, params, new[name])), name
+
+
+def test_each_process_holds_its_share_and_no_more(tmp_path):
+    """Resident memory after loading, of one file, of shards and of safetensors, from a model of 275 MB."""
+    sizes = SMALL | {"dim": 1024, "n_layers": 8, "vocab_size": 8192, "n_heads": 8, "n_kv_heads": 8}
+    folders = [
+        random_checkpoint(tmp_path / "one", sizes),
+        random_checkpoint(tmp_path / "eight", sizes, shards=8),
+        hugging_face_folder(tmp_path / "hf", sizes, dtype=torch.bfloat16),
+    ]
+    job = {"folders": {str(folder): 0 for folder in folders}, "tokens": [[1]]}
+    (tmp_path / "job").write_text(json.dumps(job))
+    worker = ROOT / "tests" / "parallel_worker.py"
+    code, _, err, _ = finished(torchrun(4, worker, tmp_path / "job", tmp_path / "out"))
+    assert code == 0, err
+    whole = sum(w.nbytes for w in llama.load_model(folders[0])[0].values())
+    for n, grown in load_file(tmp_path / "out").items():
+        for resident, share in grown.tolist():
+            assert 0.24 * whole < share < 0.26 * whole
+            assert resident < 0.4 * whole, (n, resident, share)
+
+
+@pytest.mark.parametrize("N, S", [*itertools.product([2, 4, 8, 16], [1, 2, 4, 8]), (6, 1), (6, 2)])
+def test_shares_joined_are_the_whole(N, S):
+    """Without processes: every share cut and joined again, for more processes than can be started here."""
+    sizes = SMALL | {"n_heads": 48, "n_kv_heads": 16 if N != 6 else 6, "ffn_dim": 96, "vocab_size": 768}
+    params = llama.fill_params(sizes | {"dim": 96})
+    weights = random_weights(params, dtype=torch.float32)
+    shards = {f"{n}": part for n, part in enumerate(split(weights, S))}
+    held = llama.beside("weights/layouts.py").check_shapes(shards, params)
+    local = parallel.share_of_params(params, N)
+    shares = [
+        llama.load_weights(share, local, convert=own)
+        for share, own in (parallel.share_of_shards(shards, local, held, r, N) for r in range(N))
+    ]
+    for name, whole in weights.items():
+        dim = int(name.endswith(("attention.wo.weight", "feed_forward.w2.weight")))
+        parts = [share[name] for share in shares]
+        assert torch.equal(parts[0] if whole.dim() == 1 else torch.cat(parts, dim), whole), name
+
+
+def test_sizes_that_do_not_divide():
+    for N in (3, 5, 7, 9, 16):
+        with pytest.raises(ValueError, match=rf"{N} processes cannot share 8 heads.*: 1, 2, 4, 8$"):
+            parallel.share_of_params(llama.fill_params(SMALL), N)
+
+
+# ------------------------------------------------------------------------------------ the command line
+
+
+def test_text_is_that_of_one_process(script):
+    alone = script("Once upon a time", "--dtype", "float32", "--show", "none")
+    code, out, err, _ = finished(
+        torchrun(2, SCRIPT, "Once upon a time", "--dtype", "float32", "--show", "first")
+    )
+    assert (code, out) == (0, alone.stdout), err
+    assert (
+        err.count("prompt of 5 tokens") == 1 and "layers.0.attention.q             B H T E  1 4 5 32" in err
+    )
+    assert "one of 2 shares" in err
+
+
+def test_one_process_under_torchrun_is_like_none(script):
+    code, out, err, _ = finished(torchrun(1, SCRIPT, "Once upon a time", "--show", "none"))
+    assert (code, out) == (0, script("Once upon a time", "--show", "none").stdout), err
+
+
+def test_prompts_from_stdin_and_from_a_file(script, tmp_path):
+    prompts = "Once upon a time\nHi\n\u00e9\n"
+    (tmp_path / "prompts").write_text(prompts)
+    flags = ("--dtype", "float32", "--max-new-tokens", "20")
+    alone = script("--prompts", tmp_path / "prompts", *flags).stdout
+    for given, input in ((tmp_path / "prompts", ""), ("-", prompts)):
+        code, out, err, _ = finished(torchrun(2, SCRIPT, "--prompts", given, *flags), input)
+        assert (code, out) == (0, alone), err
+
+
+def test_process_0_decides_what_is_drawn(tmp_path):
+    """Without a seed each process would draw something else; all must go on from the same tokens."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import llama3_from_scratch as l\n"
+        "import torch.distributed as dist\n"
+        "answer, said = l.answer, []\n"
+        "l.answer = lambda *given: said.append(answer(*given))\n"
+        "def run(args):\n    l.run(args); all_said = [None, None]; dist.all_gather_object(all_said, said)\n"
+        "    assert all_said[0] == all_said[1] and said[0], all_said\n"
+        "flags = ['Hi', '--temperature', '9', '--max-new-tokens', '50', '--show', 'none']\n"
+        "sys.exit(l.beside('tools/parallel.py').run_together(l.parse_arguments, flags, run))\n"
+    )
+    code, _, err, _ = finished(torchrun(2, worker), within=60)
+    assert code == 0, err
+
+
+def test_a_conversation_at_a_terminal():
+    """Process 0 alone has the terminal; the others hear of each line, however long it takes to type."""
+    terminal, ours = os.openpty()
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node",
+            "2",
+            SCRIPT,
+            "--chat",
+            "--show",
+            "none",
+        ],
+        stdin=ours,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    os.close(ours)
+    for line in (b"My name is Zoe.\n", b"What is my name?\n", b"\x04"):
+        time.sleep(2)
+        os.write(terminal, line)
+    code, out, err, _ = finished(process)
+    os.close(terminal)
+    assert code == 0, err
+    assert "Zoe" in out.splitlines()[-1] and err.count("type a prompt") == 1
+
+
+def test_trace_is_that_of_one_process(script, folders, tmp_path):
+    folder, flags = folders["1 shards"], ("--show", "none", "--max-new-tokens", "0")
+    script("Hi", "--weights", folder, "--save-trace", tmp_path / "one", *flags)
+    trace = tmp_path / "four"
+    code, _, err, _ = finished(torchrun(4, SCRIPT, "Hi", "--weights", folder, "--save-trace", trace, *flags))
+    assert code == 0, err
+    one, four = load_file(tmp_path / "one"), load_file(trace)
+    assert one.keys() == four.keys()
+    for name in one:
+        assert relative_error(four[name], one[name]) < 2e-6, name
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "one", "pt") as a, safe_open(trace, "pt") as b:
+        assert a.metadata() == b.metadata()
+
+
+def test_compiled(script):
+    flags = ("Once upon a time", "--dtype", "float32", "--show", "none", "--max-new-tokens", "30")
+    code, out, err, _ = finished(torchrun(2, SCRIPT, *flags, "--compile"), within=300)
+    assert (code, out) == (0, script(*flags).stdout), err
+    assert err.count("compiling the step") == 1
+
+
+# ------------------------------------------------------------------------------------ what goes wrong
+
+
+def test_one_clear_line(tmp_path, checkpoint):
+    """Errors that all processes find are told once, by process 0."""
+    for flags, message in (
+        (("Hi", "--weights", tmp_path / "nothing"), "nothing: no such file or folder"),
+        (
+            ("Hi", "--weights", checkpoint(n_heads=6, n_kv_heads=6, dim=48)),
+            "4 processes cannot share 6 heads",
+        ),
+        (("Hi", "--sho", "all"), "unrecognized arguments: --sho all (--help shows what there is)"),
+    ):
+        code, out, err, errors = finished(torchrun(4, SCRIPT, *flags), within=60)
+        assert code != 0 and not out and len(errors) == 1 and message in errors[0], err
+        assert "process " not in errors[0].partition("cannot")[0].replace("4 processes", "")
+
+
+def started(process):
+    """Waits until text comes, and returns its first letters."""
+    return process.stdout.read(4)
+
+
+def test_a_process_is_killed():
+    process = torchrun(
+        3 - 1, SCRIPT, "Once", "--show", "none", "--max-new-tokens", "9999", "--temperature", "9"
+    )
+    started(process)
+    (pid,) = [pid for pid, rank in workers(process) if rank == 1]
+    began = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    code, _, err, errors = finished(process, within=60)
+    assert code != 0 and time.monotonic() - began < 30 and len(errors) == 1, err
+    assert re.search("has lost another one, which may have been killed|another process has ended", errors[0])
+
+
+def test_a_world_that_nobody_meant():
+    given = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for env, message in (
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is set, but RANK is not; torchrun sets all that is needed"),
+        ({"WORLD_SIZE": "x", **given}, "RANK, WORLD_SIZE and LOCAL_RANK must be numbers; torchrun sets them"),
+    ):
+        command = [sys.executable, SCRIPT, "Hi"]
+        clean = {key: value for key, value in os.environ.items() if key not in given}
+        run = subprocess.run(command, capture_output=True, text=True, env=clean | env)
+        assert (run.returncode, run.stdout, run.stderr) == (2, "", f"error: {message}\n")
+
+
+def test_a_mistake_of_ours_shows(tmp_path):
+    """Whichever process makes it: a traceback, not only that the others lost it."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import llama3_from_scratch as l\n"
+        "def run(args):\n    assert l.processes()[0] == 0, 'a mistake'\n    l.summed(l.torch.ones(1))\n"
+        "l.beside('tools/parallel.py').run_together(l.parse_arguments, ['Hi'], run)\n"
+    )
+    code, _, err, errors = finished(torchrun(2, worker), within=60)
+    assert code != 0 and "AssertionError: a mistake" in err and len(errors) == 1
+
+
+def test_a_process_or_a_machine_hangs():
+    """One of two processes stops; and of two machines the first, with torchrun, which holds the store."""
+    flags = (SCRIPT, "Once", "--show", "none", "--max-new-tokens", "9999", "--temperature", "9")
+    port = free_port()
+    alone = torchrun(2, *flags)
+    first, second = (torchrun(1, *flags, nodes=2, node=n, port=port) for n in range(2))
+    for process in (alone, first):
+        started(process)
+    (rank_1,) = [pid for pid, rank in workers(alone) if rank == 1]
+    (rank_0,) = [pid for pid, _ in workers(first)]
+    waiting = {"alone": [pid for pid, rank in workers(alone) if rank == 0], "second": [second.pid]}
+    began, took = time.monotonic(), {}
+    for pid in (rank_1, rank_0, first.pid):
+        os.kill(pid, signal.SIGSTOP)
+    while waiting.keys() - took.keys() and time.monotonic() - began < 60:
+        time.sleep(0.2)
+        for name, (pid,) in waiting.items():
+            state = Path(f"/proc/{pid}/stat")
+            if name not in took and (
+                not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+            ):
+                took[name] = time.monotonic() - began
+    for pid in (rank_0, first.pid):
+        os.kill(pid, signal.SIGKILL)
+    os.kill(rank_1, signal.SIGCONT)
+    _, _, err, errors = finished(alone, within=60)
+    assert errors == ["error: process 1 of 2 does not answer"] and took["alone"] < 30, err
+    _, _, err, errors = finished(second, within=60)
+    assert len(errors) == 1 and "answer" in errors[0] and took["second"] < 30, (took, err)
+    finished(first)
+
+
+def test_control_c():
+    process = torchrun(2, SCRIPT, "Once", "--show", "none", "--max-new-tokens", "9999", "--temperature", "9")
+    started(process)
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    code, _, err, errors = finished(process, within=60)
+    assert code != 0 and time.monotonic() - began < 30 and errors == ["error: interrupted"], err
+
+
+def two_nodes(first, second, scripts=(SCRIPT, SCRIPT)):
+    """Two torchruns on this machine, as if on two, with these flags: what `finished` gives of both."""
+    port = free_port()
+    nodes = [
+        torchrun(1, scripts[n], *flags, nodes=2, node=n, port=port) for n, flags in enumerate((first, second))
+    ]
+    began = time.monotonic()
+    found = [finished(node, within=90) for node in nodes]
+    return found, time.monotonic() - began
+
+
+def test_two_machines(script):
+    flags = ("Once upon a time", "--dtype", "float32", "--show", "none")
+    ((code, out, err, _), (other, nothing, _, _)), _ = two_nodes(flags, flags)
+    assert (code, other, out, nothing) == (0, 0, script(*flags).stdout, ""), err
+
+
+@pytest.mark.parametrize("fault", ["shard", "a matrix", "params", "flags", "program"])
+def test_machines_that_differ(tmp_path, fault):
+    sizes = [SMALL, SMALL | ({"rope_theta": 10000.0} if fault == "params" else {})]
+    here, there = (random_checkpoint(tmp_path / f"{n}", sizes[n], shards=2) for n in range(2))
+    if fault == "shard":
+        (there / "consolidated.01.pth").unlink()
+    if fault == "a matrix":
+        shard = torch.load(there / "consolidated.01.pth")
+        shard["layers.1.feed_forward.w2.weight"][20:] *= 2
+        torch.save(shard, there / "consolidated.01.pth")
+    new = ["3", "4" if fault == "flags" else "3"]
+    flags = [("Hi", "--weights", folder, "--max-new-tokens", n) for folder, n in zip((here, there), new)]
+    scripts = [SCRIPT, SCRIPT]
+    if fault == "program":
+        for name in parallel.CODE:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+        scripts[1] = tmp_path / SCRIPT.name
+        scripts[1].write_text(SCRIPT.read_text() + "# another version\n")
+    found, took = two_nodes(*flags, scripts)
+    expected = {
+        "shard": r"process 1 of 2 on \S+: .*1/consolidated.0\d.pth|expected shape",
+        "a matrix": r"process 1 on \S+ has another weights than process 0",
+        "params": r"process 1 on \S+ has another params than process 0",
+        "program": r"process 1 on \S+ has another version of this program than process 0",
+        "flags": r"process 1 on \S+ has another --max-new-tokens than process 0",
+    }[fault]
+    assert took < 30
+    for code, out, err, errors in found:
+        assert code != 0 and not out and len(errors) == 1 and re.search(expected, errors[0]), err

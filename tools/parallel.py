@@ -1,0 +1,400 @@
+"""Several processes share one model: what the script does under torchrun (tensor parallelism).
+
+    torchrun --nproc-per-node 8 llama3_from_scratch.py "prompt" --weights DIR
+
+Each of N processes holds H/N whole heads, F/N units of the feed-forward and V/N rows of embedding and head.
+It runs the script's own `forward` on them, with params that say so; `summed` there is where they meet.
+Source of the cut: Megatron-LM (Shoeybi et al. 2019), as in llama-models, models/llama3/model.py. This file
+brings the processes together, cuts each one's share, lets process 0 alone read and print, and ends all if
+one fails.
+"""
+
+import bdb
+import contextlib
+import hashlib
+import io
+import os
+import re
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from llama3_from_scratch import beside, is_tied, processes, weight_shapes
+
+first_line = beside("weights/layouts.py").first_line
+PATIENCE = 20  # seconds without a sign of life after which a process is given up
+CODE = ("llama3_from_scratch.py", "weights/layouts.py") + tuple(  # what must be the same everywhere
+    f"tools/{name}.py" for name in ("parallel", "inside", "compiled", "batch", "conversation")
+)
+
+
+# ------------------------------------------------------------------------------------ each one's share
+
+
+def share_of_params(params, N):
+    """The sizes of one of N equal shares; "whole" holds those of the model. ValueError if they do not divide.
+
+    With more processes than key/value heads, each of these is held by several.
+    """
+    H, K, F, V = (params[key] for key in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size"))
+
+    def fits(n):
+        return not (H % n or F % n or V % n or min(K % n, n % K))
+
+    if not fits(N):
+        others = [n for n in range(1, max(H, 2 * N) + 1) if fits(n)]
+        raise ValueError(
+            f"{N} processes cannot share {H} heads, {K} key/value heads, ffn_dim {F} and vocab_size {V} "
+            f"evenly; these numbers can: {', '.join(map(str, others))}"
+        )
+    local = {"n_heads": H // N, "n_kv_heads": max(1, K // N), "ffn_dim": F // N, "vocab_size": V // N}
+    return params | local | {"whole": params}
+
+
+def slab(slices, held, dim, a, b):
+    """Rows (dim 0) or columns (dim 1) a to b of a matrix in slices that are joined on dim `held`.
+
+    A view of the mapped file where one slice has them all: nothing is read yet. Of columns the disk will
+    deliver the whole rows; what is too much of them is what the other processes of this machine read.
+    """
+    if len(slices) == 1:
+        return slices[0].narrow(dim, a, b - a)
+    if held != dim:
+        return torch.cat([w.narrow(dim, a, b - a) for w in slices], held)
+    found = []
+    for n, w in enumerate(slices):
+        size = w.shape[dim]
+        first, last = max(a, n * size), min(b, (n + 1) * size)
+        if first < last:
+            found.append(w.narrow(dim, first - n * size, last - first))
+    return found[0] if len(found) == 1 else torch.cat(found, dim)
+
+
+def share_of_shards(shards, params, held, rank, N, convert=None):
+    """What process `rank` of N has of a checkpoint, as load_weights takes it: shards, params, convert.
+
+    shards, convert: of the whole model. params: from share_of_params. held: from check_shapes. Where the
+    files hold several shards for one process, so does the result, for load_weights to join one by one.
+    """
+    whole, E, S = params["whole"], params["head_dim"], len(shards)
+    names = [name for name in weight_shapes(whole) if name in held]
+    parts = S // N if S % N == 0 and params["n_kv_heads"] * N == whole["n_kv_heads"] else 1
+    share = [{} for _ in range(parts)]
+    for name in names:
+        shape = weight_shapes(params)[name]
+        slices = [shard[name] for shard in shards.values()]
+        if len(shape) == 1:  # norms: everyone has the whole
+            for part in share:
+                part[name] = slices[0]
+            continue
+        dim = int(name.endswith(("attention.wo.weight", "feed_forward.w2.weight")))
+        start, size = rank * shape[dim], shape[dim] // parts
+        if name.endswith(("attention.wk.weight", "attention.wv.weight")):  # may be held by several
+            start = rank * whole["n_kv_heads"] // N * E
+        for n, part in enumerate(share):
+            part[name] = slab(slices, held[name], dim, start + n * size, start + (n + 1) * size)
+
+    def own_memory(name, w):  # so that the mapped file, which holds the others' shares too, can go
+        w = convert(name, w) if convert else w
+        joined = parts > 1 and w.dim() > 1  # these are copies already
+        return w if joined else w.clone(memory_format=torch.contiguous_format)
+
+    return {f"part {n} for process {rank}": part for n, part in enumerate(share)}, own_memory
+
+
+def check_same_model(params, shards, tokenizer):
+    """ValueError if the processes were not started on the same code and the same model.
+
+    Of the weights eight places of each tensor are compared, from its begin to its end: eight pages to read.
+    """
+    numbers, text = hashlib.sha256(), hashlib.sha256()
+    for shard in shards.values():
+        for name, w in shard.items():
+            places = w[:: max(1, len(w) // 8)] if w.dim() == 1 else w[:: max(1, len(w) // 8), :64]
+            numbers.update(f"{name} {w.dtype} {tuple(w.shape)} {places.tolist()}".encode())
+    for token in range(tokenizer.n_vocab - 256):
+        text.update(tokenizer.decode_single_token_bytes(token) + b"\n")
+    root = Path(__file__).resolve().parents[1]
+    code = b"".join((root / name).read_bytes() for name in CODE)
+    agree_on(
+        {
+            "version of Python or PyTorch": (sys.version_info[:2], torch.__version__.partition("+")[0]),
+            "version of this program": hashlib.sha256(code).hexdigest(),
+            "params": sorted((key, str(value)) for key, value in params.items()),
+            "tokenizer": text.hexdigest(),
+            "layout": f"{len(shards)} files of weights",
+            "weights": numbers.hexdigest(),
+        }
+    )
+
+
+def agree_on(things):
+    """ValueError that names what a process has otherwise than process 0. things: a dict of plain values."""
+    everyones = [None] * processes()[1]
+    dist.all_gather_object(everyones, (socket.gethostname(), things))
+    host, expected = everyones[0]
+    for rank, (other, found) in enumerate(everyones):
+        for what in expected:
+            if found.get(what) != expected[what]:
+                raise ValueError(f"process {rank} on {other} has another {what} than process 0 on {host}")
+
+
+def own_share(params, shards, held, tokenizer, convert):
+    """This process's share of a checkpoint that was opened: params, shards, convert, for load_weights."""
+    check_same_model(params, shards, tokenizer)
+    rank, N = processes()
+    local = share_of_params(params, N)
+    tied = is_tied(next(iter(shards.values())))
+    held = {name: dim for name, dim in held.items() if not (tied and name == "output.weight")}
+    return local, *share_of_shards(shards, local, held, rank, N, convert)
+
+
+def one_after_the_other(work):
+    """The result of work(), which the first process of each machine has finished before the others begin."""
+    if int(os.environ["LOCAL_RANK"]):
+        dist.barrier()
+        return work()
+    done = work()
+    dist.barrier()
+    return done
+
+
+# ------------------------------------------------------------------------------------ whole tensors again
+
+
+def gathering(probe, params):
+    """A probe that shows `probe` the whole of tensors of which each process has some heads or units."""
+    N, K = processes()[1], params["whole"]["n_kv_heads"]
+
+    def outer(name, dims, tensor):
+        letters = dims.split()
+        axis = next((n for n, letter in enumerate(letters) if letter in "HKF"), None)
+        whole = tensor
+        if axis is not None:
+            parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(N)]
+            dist.all_gather(parts, tensor.contiguous())
+            step = max(1, N // K) if letters[axis] == "K" else 1
+            whole = torch.cat(parts[::step], axis)
+        probe(name, dims, whole)
+        return tensor
+
+    return outer
+
+
+# ------------------------------------------------------------------------------------ process 0 reads
+
+
+def of_process_0(thing):
+    """The object that process 0 gave."""
+    box = [thing]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def lines_of_process_0(file):
+    """Lines of a file that only process 0 has, such as a terminal, as they come."""
+    lines = iter(file)
+    while (line := of_process_0(next(lines, None) if processes()[0] == 0 else None)) is not None:
+        yield line
+
+
+def share_input(args):
+    """Puts what process 0 finds at its standard input, or in --prompts FILE, at everyone's."""
+    rank, _ = processes()
+    terminal, content = False, b""
+    if rank == 0 and (args.prompt is None or args.prompts):
+        if args.prompts not in (None, "-"):
+            content = Path(args.prompts).read_bytes()
+        elif not (terminal := sys.stdin.isatty()):
+            content = sys.stdin.buffer.read()
+    terminal, content = of_process_0((terminal, content))
+    args.prompts = args.prompts and "-"
+    if rank or not terminal:
+        sys.stdin = io.TextIOWrapper(io.BytesIO(content))
+        sys.stdin.isatty = lambda: terminal
+
+
+# ------------------------------------------------------------------------------------ one fails, all end
+
+
+def within(seconds, work):
+    """What work() returns; None if it takes longer or the store has gone (a client may wait for ever)."""
+    found = []
+
+    def ask():
+        with contextlib.suppress(dist.DistError):
+            found.append(work())
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else None
+
+
+def ending(store, stderr, half_written):
+    """A function end(text, code): this process ends, and with it all others; text is told once a machine.
+
+    What the first to fail has to say is left in the store, where the others' `watch` finds it.
+    """
+    rank, local, node = (os.environ.get(key, "0") for key in ("RANK", "LOCAL_RANK", "GROUP_RANK"))
+    once = threading.Lock()
+
+    def agreed(text, code):
+        reason = store.compare_set("reason", "", f"{code} {text}").decode()
+        return reason, store.add(f"told on {node}", 1) == 1
+
+    def end(text, code=2):
+        once.acquire()  # whoever comes second, the main thread or the watch, waits for the end
+        found = within(3, lambda: agreed(text, code))
+        # Without the store, process 0 that held it has probably gone too, and cannot be the one to tell.
+        reason, first = found or (f"{code} {text}", local == ("1" if rank == local else "0"))
+        code, _, text = reason.partition(" ")
+        if first and text:
+            print("\n" * stderr.isatty() + f"error: {text}", file=stderr, flush=True)
+        if first and os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+            time.sleep(3)  # torchrun may take the store along: let the other machines look
+        for path in half_written:
+            path.unlink(missing_ok=True)
+        os._exit(int(code))
+
+    return end
+
+
+def watch(store, end, wakeup, done):
+    """Runs beside the computation: signs of life to the store, a look at those of the next process.
+
+    Signals come here too (`wakeup` is readable), since the main thread may wait for others inside PyTorch.
+    """
+    rank, N = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    other, seen, when, heard = (rank + 1) % N, None, time.monotonic(), time.monotonic()
+
+    def look():
+        store.set(f"alive {rank}", str(time.time()))
+        beat = store.get(f"alive {other}") if store.check([f"alive {other}"]) else None
+        return store.check(["reason"]), beat
+
+    while not done.is_set():
+        if found := within(3, look):
+            heard = time.monotonic()
+            failed, beat = found
+            if failed:
+                end("")
+            if beat != seen:
+                seen, when = beat, time.monotonic()
+        if done.is_set():
+            return
+        if time.monotonic() - heard > PATIENCE:
+            end("the first machine no longer answers", 1)
+        if time.monotonic() - when > (PATIENCE if seen else 300):  # a cold start takes minutes
+            end(f"process {other} of {N} does not answer", 1)
+        if select.select([wakeup], [], [], 1)[0]:
+            signals = wakeup.recv(64)
+            if signal.SIGINT in signals:
+                end("interrupted", 130)
+            if signal.SIGTERM in signals:
+                end("another process has ended, or all were told to; torchrun's own report says which", 1)
+
+
+def meeting_place(rank):
+    """The store where all processes find each other: torchrun's, or one that process 0 opens."""
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    hosting = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        return dist.TCPStore(host, port, None, hosting, timedelta(seconds=20), wait_for_workers=False)
+    except dist.DistError as problem:
+        what = f"nobody answers at {host}:{port}, where process 0 should be"
+        raise ValueError(f"{what} ({first_line(problem)})") from None
+
+
+def run_together(parse, argv, run):
+    """The script's parse and run, in each process that torchrun has started. Returns the exit code."""
+    for key in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if key not in os.environ:
+            raise ValueError(f"WORLD_SIZE is set, but {key} is not; torchrun sets all that is needed")
+    try:
+        rank, N, local = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    except ValueError:
+        raise ValueError("RANK, WORLD_SIZE and LOCAL_RANK must be numbers; torchrun sets them") from None
+    wakeup, alarm = socket.socketpair()
+    alarm.setblocking(False)
+    signal.set_wakeup_fd(alarm.fileno(), warn_on_full_buffer=False)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+    alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    if alone and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # no need to know this machine's name
+
+    where, store = f"process {rank} of {N} on {socket.gethostname()}", meeting_place(rank)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    own = dist.PrefixStore(f"llama3 {attempt}", store.clone())
+    # How long the group waits is for the watch to decide: a process may load, compile, or wait for a user.
+    store.set_timeout(timedelta(days=10))
+    stderr, half_written = sys.stderr, []
+    if rank:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        os.environ["PYTHONBREAKPOINT"] = "0"  # only process 0 has somebody before it
+    end, done = ending(own, stderr, half_written), threading.Event()
+    watcher = threading.Thread(target=watch, args=(own, end, wakeup, done), daemon=True)
+    watcher.start()
+    try:
+        gpus = torch.cuda.is_available()
+        backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+        group = dist.PrefixStore(f"llama3 group {attempt}", store)
+        try:
+            dist.init_process_group(backend, store=group, rank=rank, world_size=N, timeout=timedelta(days=10))
+        except RuntimeError as problem:
+            advice = "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface"
+            raise ValueError(f"the processes cannot connect ({first_line(problem)}); {advice}") from None
+        args = parse(argv)
+        if args.save_trace and rank == 0:
+            half_written.append(Path(f"{Path(args.save_trace).resolve()}.part"))
+        flags = {"--" * (key != "prompt") + key.replace("_", "-"): value for key, value in vars(args).items()}
+        own_affair = ("--weights", "--cache-dir")  # folders may differ from machine to machine
+        agree_on({flag: value for flag, value in flags.items() if flag not in own_affair})
+        if args.device == "mps":
+            raise ValueError("--device mps: several processes need cpu or cuda")
+        if args.device == "cuda":
+            if local >= (count := torch.cuda.device_count()):
+                here = f"{os.environ.get('LOCAL_WORLD_SIZE', 'the')} processes on {socket.gethostname()}"
+                raise ValueError(f"{here}, which has {count} GPUs; --nproc-per-node {count}, or --device cpu")
+            torch.cuda.set_device(local)
+        share_input(args)
+        run(args)
+        sys.stdout.flush()
+        dist.barrier()  # who ends early would be missed
+    except SystemExit as stop:  # --help
+        code = stop.code or 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        end("", 0)
+    except bdb.BdbQuit:  # the debugger's "quit"
+        end("", 0)
+    except (ValueError, OSError, MemoryError) as problem:
+        text = str(problem).partition("\n")[0] or "out of memory"
+        # Who speaks first? Process 0, if all found the same; who has the broken weight, if one has.
+        time.sleep((rank > 0) + 2 * ("though the weights are" in text))
+        end(f"{where}: {text}" if rank else text)
+    except BaseException as problem:
+        text = first_line(problem)
+        lost = isinstance(problem, dist.DistError) or re.search("gloo|nccl|peer", text, re.IGNORECASE)
+        if isinstance(problem, RuntimeError) and lost:
+            end(f"{where} has lost another one, which may have been killed ({text})", 1)
+        if not isinstance(problem, RuntimeError) or "memory" not in text:  # then it is a mistake of ours
+            traceback.print_exception(problem, file=stderr)
+        end(f"{where}: {text}", 1)
+    else:
+        code = 0
+    done.set()
+    watcher.join()
+    dist.destroy_process_group()
+    return code
