@@ -19,6 +19,9 @@ README = (ROOT / "README.md").read_text()
 SOURCE = (ROOT / "llama3_from_scratch.py").read_text()
 
 
+COMMAND = r"^(?:\$ | {4})?(?:python|torchrun .*?) llama3_from_scratch\.py (.*)$"
+
+
 def test_inline_metadata_equals_requirements():
     block = re.search(r"^# /// script\n(.*?)^# ///$", SOURCE, re.M | re.S)[1]
     metadata = tomllib.loads("".join(line.removeprefix("# ") for line in block.splitlines(keepends=True)))
@@ -50,7 +53,7 @@ def test_house_rules():
 
 @pytest.mark.parametrize("text", [README, SOURCE, (ROOT / "weights/README.md").read_text()])
 def test_commands_have_flags_that_exist(text):
-    for command in re.findall(r"^(?:\$ | {4})?python llama3_from_scratch\.py (.*)$", text, re.M):
+    for command in re.findall(COMMAND, text, re.M):
         words = shlex.split(command.split("   ")[0].split(" # ")[0].split(" > ")[0].split(" < ")[0])
         if words != ["--help"]:
             llama.parse_arguments(words)

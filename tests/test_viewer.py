@@ -500,7 +500,7 @@ def take_pictures(trace):
 
 
 if __name__ == "__main__":
-    prompt = "Ana had a blue kite. She lost her blue"
+    prompt = "Once upon a time, there was a little fox named Vudel. Vude"
     llama.main([prompt, "--save-trace", "t.safetensors", "--dtype", "float32", "--max-new-tokens", "0"])
     take_pictures("t.safetensors")
     os.unlink("t.safetensors")
