@@ -80,6 +80,7 @@ def choose(page, name):
 
 def sweep(page, steps=12):
     """What the large picture says wherever the mouse is."""
+    page.wait_for_selector("#picture[aria-busy=false]")
     page.locator("#picture canvas").first.scroll_into_view_if_needed()
     box, said = page.locator("#picture canvas").first.bounding_box(), []
     for i in range(steps * steps):
