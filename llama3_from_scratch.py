@@ -298,7 +298,7 @@ def forward(tokens, weights, params, cache=None, positions=None, last=None,
     if positions is None:
         positions = torch.arange(T, device=tokens.device)[None]
     slots = positions if cache is None else torch.arange(cache[0][0].shape[2], device=tokens.device)[None]
-    future, S = slots[:, None, None] > positions[:, None, :, None], slots.shape[-1]  # B 1 T S: not to be seen
+    mask = torch.where(slots[:, None, None] > positions[:, None, :, None], -math.inf, 0.0)  # B 1 T S
     turns, rows = rope_turns(positions, params), torch.arange(B, device=tokens.device)[:, None]
 
     tokens = probe("tokens", "B T", tokens)
@@ -323,12 +323,11 @@ def forward(tokens, weights, params, cache=None, positions=None, last=None,
             k, v = keys, values
 
         # How well does each key answer each query? The G heads that share keys form one matrix: no copies.
-        # (Whatever the dtype, softmax computes in float32 and rounds at the end.)
-        scores = (q.reshape(B, K, G * T, E) @ k.mT / math.sqrt(E)).view(B, H, T, S)
-        scores = torch.where(future, -math.inf, scores)
+        # The mask puts -inf on what comes later. (Softmax computes in float32 and rounds at the end.)
+        scores = (q.reshape(B, K, G * T, E) @ k.mT / math.sqrt(E)).view(B, H, T, -1) + mask.to(q.dtype)
         scores = probe(f"layers.{i}.attention.scores", "B H T S", scores)
         probs = probe(f"layers.{i}.attention.probs", "B H T S", scores.softmax(-1))
-        heads = (probs.reshape(B, K, G * T, S) @ v).view(B, H, T, E)
+        heads = (probs.reshape(B, K, G * T, -1) @ v).view(B, H, T, E)
         heads = probe(f"layers.{i}.attention.heads", "B H T E", heads)
         out = summed(project(heads.transpose(1, 2).flatten(2), weights[f"layers.{i}.attention.wo.weight"]))
         out = probe(f"layers.{i}.attention.out", "B T D", out)
@@ -376,9 +375,10 @@ def prefill(tokens, weights, params, cache, start=0, lengths=None, watched=forwa
     most_tokens, counted over all rows, or of what suits the memory; the last one runs through `watched`.
     """
     B, T = tokens.shape
+    torch.empty(2**24, dtype=torch.uint8)  # with this much freed once, glibc keeps memory for the next tensor
     grow(cache, start + T)
     last = torch.full((B,), T - 1, device=tokens.device) if lengths is None else lengths - 1
-    suitable, most_scores = (256, 2**25) if tokens.is_cpu else (4096, 2**28)  # scores: B H T S numbers
+    suitable, most_scores = (256, 2**24) if tokens.is_cpu else (4096, 2**28)  # scores: B H T S numbers
     b, logits = 0, 0
     while b < T:
         chunk = min(most_tokens or suitable, max(32, most_scores // (params["n_heads"] * (start + b + 1))))
