@@ -378,7 +378,7 @@ def prefill(tokens, weights, params, cache, start=0, lengths=None, watched=forwa
     torch.empty(2**24, dtype=torch.uint8)  # with this much freed once, glibc keeps memory for the next tensor
     grow(cache, start + T)
     last = torch.full((B,), T - 1, device=tokens.device) if lengths is None else lengths - 1
-    suitable, most_scores = (256, 2**24) if tokens.is_cpu else (4096, 2**28)  # scores: B H T S numbers
+    suitable, most_scores = (256, 2**25) if tokens.is_cpu else (4096, 2**28)  # scores: B H T S numbers
     b, logits = 0, 0
     while b < T:
         chunk = min(most_tokens or suitable, max(32, most_scores // (params["n_heads"] * (start + b + 1))))
@@ -420,7 +420,7 @@ def generate(logits, weights, params, cache, positions, choose=sample, step=forw
             tokens, positions = tokens[rows], positions[rows]
             cache = [(keys[rows], values[rows]) for keys, values in cache]
         if end > cache[0][0].shape[2]:
-            grow(cache, min(end + 511, params["max_seq_len"]))
+            grow(cache, min(end + (127 if tokens.is_cpu else 511), params["max_seq_len"]))
         logits = step(tokens[:, None], weights, params, cache, positions[:, None], 0 * positions)
         positions = positions + 1
 

@@ -559,7 +559,7 @@ def test_the_cache_grows_in_large_steps(script, monkeypatch):
     sizes, grow = [], llama.grow
     monkeypatch.setattr(llama, "grow", lambda cache, S: sizes.append(S) or grow(cache, S))
     script("Once upon a time", "--max-new-tokens", 20)
-    assert sizes == [5, 5 + 512]
+    assert sizes == [5, 5 + 128]
 
 
 def test_random_checkpoint_says_what_does_not_fit(tmp_path):

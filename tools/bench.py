@@ -43,11 +43,11 @@ def ours(folder, device, compiled=False):
     step = llama.forward
     if compiled:  # the compiler is not in the memory of those who do not use it
         step = llama.beside("tools/compiled.py").compiled_step()
-    state = {"cache": llama.make_cache(weights, params, 1)}
+    state = {}
 
     def prefill(ids):
         tokens = torch.tensor([ids], device=device)
-        state["steps"] = None
+        state["cache"], state["steps"] = llama.make_cache(weights, params, 1), None
         state["at"] = torch.tensor([len(ids)], device=device)
         state["logits"] = llama.prefill(tokens, weights, params, state["cache"])
         return int(state["logits"][0, -1].argmax())
@@ -565,7 +565,8 @@ def chart(found, reach, path):
         values = [statistics.median(found[name][what]) for name in names]
         colors = ["#d1495b" if name in ("eager", "compiled") else "#8d99ae" for name in names]
         bars = axis.barh(names, values, color=colors)
-        axis.bar_label(bars, [f"{value:.3g}" for value in values], padding=3)
+        clear = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # of the dotted line
+        axis.bar_label(bars, [f"{value:.3g}" for value in values], padding=3, bbox=clear)
         axis.set_title(f"{what}, tokens a second", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlim(0, max([*values, reach if what == "decode" else 0]) * 1.2)
