@@ -65,12 +65,12 @@ def test_compiled_bfloat16_is_no_worse_than_eager(model):
     assert errors[1] < 1.1 * errors[0] < 0.05
 
 
-@pytest.mark.parametrize("D", [1, 6, 64, 100])
+@pytest.mark.parametrize("D", [1, 6, 64, 100, 4102, 8192])
 def test_the_form_for_one_token_is_the_same_product(D):
     torch._dynamo.reset()
     project = torch.compile(llama.project, fullgraph=True, dynamic=False)
     x = torch.randn(1, 1, D)
-    for shape in ((32, D), (4, 8, D)):
+    for shape in ((32, D), (4, 8, D), (37, D)):
         w = torch.randn(shape)
         torch.testing.assert_close(project(x, w), llama.project(x, w))
 
