@@ -245,7 +245,7 @@ def project(x, w):
     if torch.compiler.is_compiling() and x.is_cpu and x.shape[:2] == (1, 1):
         # One token: the same products and sums, in a form that compiles to a loop as fast as memory is read:
         # through two rows at once, or, where they are long, through four of them piece by piece.
-        at_once, pieces = (2, 1) if x.shape[-1] <= 4096 else (4, math.gcd(x.shape[-1], 16))
+        at_once, pieces = (4, 16) if x.shape[-1] > 4096 and x.shape[-1] % 16 == 0 else (2, 1)
         x, parts = x.unflatten(-1, (pieces, -1)), rows.unflatten(-1, (pieces, -1)).chunk(at_once)
         y = torch.cat([(x.float() * part.float()).sum(-1).sum(-1) for part in parts], -1).to(w.dtype)[None]
     else:
@@ -487,7 +487,7 @@ def parse_arguments(argv):
     add("--rope-scaling-factor", metavar="X", type=float, help="overrides what was found or guessed")
     add("--force", action="store_true", help="load the model even if memory looks too small for it")
     add("--chat", action="store_true", help="put the prompt as a question, in Llama 3's chat format")
-    add("--prompts", metavar="FILE", help="many prompts at once, one a line (-: stdin), to lines of JSON")
+    add("--prompts", metavar="FILE", help="many prompts at once, one a line (-: stdin), in JSON; no shapes")
     add("--system", metavar="TEXT", help="with --chat: what the assistant is told first")
     add("--max-new-tokens", metavar="N", default=100, type=int, help="default 100; 0: only the prompt's pass")
     add("--temperature", metavar="X", default=0.0, type=float, help="0, the default: the likeliest token")

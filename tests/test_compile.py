@@ -83,6 +83,15 @@ def test_sums_of_whole_numbers_are_exact(D):
     assert torch.equal(project(x, w).long(), x.long() @ w.long().T)
 
 
+def test_rows_of_other_lengths_in_one_process():
+    """As of a second model: from the second length on, it is compiled for any."""
+    torch._dynamo.reset()
+    project = torch.compile(llama.project, fullgraph=True)
+    for D in (4112, 4608, 4102):
+        x, w = torch.randint(-8, 9, (1, 1, D)).float(), torch.randint(-8, 9, (37, D)).float()
+        assert torch.equal(project(x, w).long(), x.long() @ w.long().T)
+
+
 def test_command_line(script):
     flags = ["Once upon a time", "--show", "none", "--dtype", "float32", "--max-new-tokens", 40]
     plain, fast = script(*flags), script(*flags, "--compile")

@@ -12,6 +12,7 @@ reach.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -316,20 +317,23 @@ def work(name, folder, device):
     """A contender in its own process: takes [length, new tokens] on stdin, answers with times and tokens."""
     talk = os.dup(1)
     os.dup2(2, 1)  # what libraries print does not belong into the answers
-    prefill, step = CONTENDERS[name](folder, device)
-    for line in sys.stdin:
-        length, new = json.loads(line)
-        ids, started = prompt(length), time.perf_counter()
-        tokens = [prefill(ids)]
-        times = [time.perf_counter() - started]
-        for _ in range(new):
-            started = time.perf_counter()
-            tokens.append(step(tokens[-1]))
-            times.append(time.perf_counter() - started)
-        answer = {"times": times, "tokens": tokens, "peak": memory("VmHWM")}
-        if device == "cuda":
-            answer["peak"] = torch.cuda.max_memory_allocated()
-        os.write(talk, (json.dumps(answer) + "\n").encode())
+    try:
+        prefill, step = CONTENDERS[name](folder, device)
+        for line in sys.stdin:
+            length, new = json.loads(line)
+            ids, started = prompt(length), time.perf_counter()
+            tokens = [prefill(ids)]
+            times = [time.perf_counter() - started]
+            for _ in range(new):
+                started = time.perf_counter()
+                tokens.append(step(tokens[-1]))
+                times.append(time.perf_counter() - started)
+            answer = {"times": times, "tokens": tokens, "peak": memory("VmHWM")}
+            if device == "cuda":
+                answer["peak"] = torch.cuda.max_memory_allocated()
+            os.write(talk, (json.dumps(answer) + "\n").encode())
+    except Exception as problem:  # whatever a library raises: who asks should hear of it
+        os.write(talk, (json.dumps({"error": f"{type(problem).__name__}: {problem}"}) + "\n").encode())
 
 
 def as_users_run_it(name):
@@ -347,12 +351,13 @@ def start(name, folder, device):
 
 def ask(process, length, new):
     """Times, tokens and peak memory of a prompt of some length and some new tokens."""
-    process.stdin.write(json.dumps([length, new]) + "\n")
-    process.stdin.flush()
-    line = process.stdout.readline()
-    if not line:
-        raise ValueError(f"{process.args[-1]} ended; to see why: {' '.join(process.args)}")
-    return json.loads(line)
+    with contextlib.suppress(BrokenPipeError):  # it has ended, and what it said last says why
+        process.stdin.write(json.dumps([length, new]) + "\n")
+        process.stdin.flush()
+    answer = json.loads(process.stdout.readline() or '{"error": "its process ended"}')
+    if "error" in answer:
+        raise ValueError(f"{process.args[-1]} cannot take part: {answer['error']}")
+    return answer
 
 
 # ------------------------------------------------------------------------------------ the machine
@@ -401,11 +406,12 @@ def machine(device):
 
 def side_by_side(names, folder, device, rounds, new):
     """Prefill of 128 and 512 tokens and decoding, turn by turn: figures by name, and the bandwidths."""
-    processes = {name: start(name, folder, device) for name in names}
+    processes = {}
     array = torch.ones(2**27 if device == "cpu" else 2**30, device=device)
     bandwidths, found = [], {name: {"prefill 128": [], "prefill 512": [], "decode": []} for name in names}
     try:
         for name in names:  # one after another: loading and compiling take all cores
+            processes[name] = start(name, folder, device)
             for length in (512, 128):
                 ask(processes[name], length, 3)
             print(f"{name} is ready", file=sys.stderr)
@@ -600,6 +606,16 @@ def main(argv=None):
     if args.work:
         return work(args.work, args.weights, args.device)
 
+    versions = {}
+    for name in args.peers:
+        if name == "gpt-fast" and not Path(os.environ.get("GPT_FAST", ""), "model.py").is_file():
+            raise ValueError("gpt-fast: set GPT_FAST to the path of its checkout")
+        if name in PACKAGES:
+            try:
+                versions[name] = importlib.metadata.version(PACKAGES[name])
+            except importlib.metadata.PackageNotFoundError:
+                raise ValueError(f"{name} is not installed: pip install {PACKAGES[name]}") from None
+
     weights, params, _ = llama.load_model(args.weights)
     size = held(weights)
     # For a prompt's tokens but the last, these two have nothing to multiply.
@@ -610,7 +626,6 @@ def main(argv=None):
         ["eager", "compiled", *args.peers], args.weights, args.device, args.rounds, args.tokens
     )
     rate = matmul_rate(args.device, 2048 if args.device == "cpu" else 8192)
-    versions = {name: importlib.metadata.version(PACKAGES[name]) for name in args.peers if name in PACKAGES}
     print(
         f"{Path(args.weights).name} on {machine(args.device)}",
         *(f"{n} {v}" for n, v in versions.items()),

@@ -1,0 +1,59 @@
+"""tools/bench.py: contenders in processes of their own, and one line for those who cannot take part."""
+
+import importlib.metadata
+
+import bench
+import pytest
+import torch
+from conftest import ROOT
+
+import llama3_from_scratch as llama
+
+TINY = ROOT / "weights/tiny"
+
+
+def test_a_contender_in_its_own_process():
+    weights, params, _ = llama.load_model(TINY)
+    process = bench.start("eager", TINY, "cpu")
+    try:
+        for length, new in ((9, 3), (4, 0)):
+            cache, ids = llama.make_cache(weights, params, 1), bench.prompt(length)
+            logits = llama.prefill(torch.tensor([ids]), weights, params, cache)
+            steps = llama.generate(logits, weights, params, cache, torch.tensor([length]))
+            found = bench.ask(process, length, new)
+            assert found["tokens"] == [int(next(steps)) for _ in range(new + 1)]
+            assert len(found["times"]) == new + 1 and min(found["times"]) > 0
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def test_who_cannot_take_part_is_named(tmp_path, monkeypatch):
+    (tmp_path / "model.py").write_text("1 / 0")
+    monkeypatch.setenv("GPT_FAST", str(tmp_path))
+    with bench.start("gpt-fast", TINY, "cpu") as process:
+        with pytest.raises(ValueError, match="^gpt-fast cannot take part: ZeroDivisionError: division by"):
+            bench.ask(process, 9, 3)
+        process.kill()
+        with pytest.raises(ValueError, match="^gpt-fast cannot take part: its process ended$"):
+            bench.ask(process, 9, 3)
+    monkeypatch.setenv("GPT_FAST", str(tmp_path / "gone"))
+    with pytest.raises(ValueError, match="^gpt-fast: set GPT_FAST to the path of its checkout$"):
+        bench.main([str(TINY), "--peers", "gpt-fast"])
+
+    def missing(package):
+        raise importlib.metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(ValueError, match="^llama.cpp is not installed: pip install llama-cpp-python$"):
+        bench.main([str(TINY), "--peers", "llama.cpp"])
+
+
+def test_the_table_in_words_and_ratios():
+    row = {"prefill 128": [100, 120], "prefill 512": [90, 80], "tokens": [1, 2, 3], "peak": 3_000_000}
+    found = {name: row | {"decode": [4.0 * n, 8.0 * n]} for n, name in enumerate(("eager", "compiled"), 1)}
+    found["peer"] = row | {"decode": [16.0, 8.0], "tokens": [1, 2, 4], "peak": None}
+    lines = list(bench.report_side_by_side(found, [10, 20], 400, 10**9, 10**9))
+    assert lines[0].startswith("Read bandwidth 15 (10 to 20) GB/s: at most 15 (10 to 20) tokens")
+    cells = lines[-1].split(" | ")
+    assert cells[3:] == ["12 (8 to 16)", "0.62", "1.25", "100%", "2 of 3", " |"]
