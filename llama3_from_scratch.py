@@ -141,7 +141,6 @@ def load_weights(shards, params, device="cpu", dtype=None, convert=None, n_layer
 
 
 # ------------------------------------------------------------------------ the tokenizer and the chat format
-
 def make_tokenizer(ranks, source):
     """A tiktoken Encoding from ranks (each token's bytes to its rank), with Llama 3's 256 special tokens.
 
@@ -204,7 +203,6 @@ def chat_message(tokenizer, role, text=None):
 
 
 # ------------------------------------------------------------------------ where several processes meet
-
 def processes():
     """(rank, N): which of how many this is. One alone, unless torchrun has started more."""
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -235,7 +233,6 @@ def joined(x):
 
 
 # ------------------------------------------------------------------------ the heart: the model
-
 def project(x, w):
     """x (B T D) times a matrix: w (F D) gives B T F; w (H E D), one matrix per head, gives B H T E.
 
@@ -251,6 +248,14 @@ def project(x, w):
     else:
         y = x @ rows.T
     return y if w.dim() == 2 else y.unflatten(-1, w.shape[:2]).transpose(1, 2)
+
+
+def per_head(a, b):
+    """a (B K R X) times b (B K X Y), a matrix product for each key/value head: B K R Y."""
+    if torch.compiler.is_compiling() and a.is_cpu and len(a) == 1 and a.shape[2] <= 16 and a.shape[3] <= 4096:
+        rows = a.float().unbind(2)  # One token has few: loops again, which go through b once for all of them.
+        return torch.stack([(row[..., None] * b.float()).sum(2) for row in rows], 2).to(b.dtype)
+    return a @ b
 
 
 def rms_norm(x, weight, eps):
@@ -324,10 +329,10 @@ def forward(tokens, weights, params, cache=None, positions=None, last=None,
 
         # How well does each key answer each query? The G heads that share keys form one matrix: no copies.
         # The mask puts -inf on what comes later. (Softmax computes in float32 and rounds at the end.)
-        scores = (q.reshape(B, K, G * T, E) @ k.mT / math.sqrt(E)).view(B, H, T, -1) + mask.to(q.dtype)
+        scores = per_head(q.reshape(B, K, G * T, E), k.mT).view(B, H, T, -1) / math.sqrt(E) + mask.to(q.dtype)
         scores = probe(f"layers.{i}.attention.scores", "B H T S", scores)
         probs = probe(f"layers.{i}.attention.probs", "B H T S", scores.softmax(-1))
-        heads = (probs.reshape(B, K, G * T, -1) @ v).view(B, H, T, E)
+        heads = per_head(probs.reshape(B, K, G * T, -1), v).view(B, H, T, E)
         heads = probe(f"layers.{i}.attention.heads", "B H T E", heads)
         out = summed(project(heads.transpose(1, 2).flatten(2), weights[f"layers.{i}.attention.wo.weight"]))
         out = probe(f"layers.{i}.attention.out", "B T D", out)
@@ -353,7 +358,6 @@ def forward(tokens, weights, params, cache=None, positions=None, last=None,
 
 
 # ------------------------------------------------------------------------ sample and generate
-
 def make_cache(weights, params, B, S=0):
     """Room for S positions: a pair (keys, values) of zeros (B K S E) a layer, in the weights' dtype."""
     like, shape = weights["norm.weight"], (B, params["n_kv_heads"], S, params["head_dim"])
@@ -426,7 +430,6 @@ def generate(logits, weights, params, cache, positions, choose=sample, step=forw
 
 
 # ------------------------------------------------------------------------ looking inside: the probes
-
 def check_dims(sizes, name, dims, tensor):
     """Binds the letters of dims ("B H T E") to the tensor's sizes; ValueError if a letter means two sizes."""
     letters, found = dims.split(), list(tensor.shape)
@@ -473,7 +476,6 @@ def record(trace):
 
 
 # ------------------------------------------------------------------------ the command line
-
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], allow_abbrev=False,
@@ -502,10 +504,8 @@ def parse_arguments(argv):
     add("--layers", metavar="N", type=int, help="run the first N layers only")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="compute in this (default: the weights')")
     add("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
-
     def wrong(message):
         raise ValueError(f"{message} (--help shows what there is)")
-
     parser.error = wrong
     args = parser.parse_args(argv)
     for flag, low, high in (("max_new_tokens", 0, 10**9), ("temperature", 0, 1000), ("top_k", 0, 10**9),

@@ -33,8 +33,8 @@ def go_on(params, weights, tokens, new, step, leave=None):
     return found
 
 
-def test_compiled_equals_eager_and_compiles_once(model):
-    """200 tokens, prompts of several lengths, several rows, rows that leave: two compilations in all."""
+def test_compiled_equals_eager_and_compiles_once(model, capsys):
+    """200 tokens, prompts of several lengths, several rows, rows that leave: compiled once, past 4,096 again."""
     params, weights = model(n_layers=2)
     torch._dynamo.reset()
     before, step = graphs(), compiled.compiled_step()
@@ -43,11 +43,15 @@ def test_compiled_equals_eager_and_compiles_once(model):
         expected = go_on(params, weights, tokens, new, llama.forward)
         assert go_on(params, weights, tokens, new, step) == expected
     assert graphs() - before == 1
+    tokens = some_tokens(params, B=1, T=4070)
+    assert go_on(params, weights, tokens, 200, step) == go_on(params, weights, tokens, 200, llama.forward)
+    assert graphs() - before == 2
+    assert capsys.readouterr().err.count("compiling the step") == 2
     for B, T, leave in ((3, 7, 150), (5, 20, None), (2, 140, 3)):
         tokens = some_tokens(params, B=B, T=T)
         expected = go_on(params, weights, tokens, 200, llama.forward, leave)
         assert go_on(params, weights, tokens, 200, step, leave) == expected
-    assert graphs() - before == 2
+    assert graphs() - before == 3
 
 
 def test_compiled_bfloat16_is_no_worse_than_eager(model):
@@ -90,6 +94,17 @@ def test_rows_of_other_lengths_in_one_process():
     for D in (4112, 4608, 4102):
         x, w = torch.randint(-8, 9, (1, 1, D)).float(), torch.randint(-8, 9, (37, D)).float()
         assert torch.equal(project(x, w).long(), x.long() @ w.long().T)
+
+
+@pytest.mark.parametrize("B, R, X, Y", [(1, 4, 64, 384), (1, 4, 384, 64), (1, 16, 100, 7), (2, 4, 256, 64)])
+def test_a_heads_product_is_the_same(B, R, X, Y):
+    """As of scores and of heads, of odd lengths, and of several rows; b with X or with Y side by side."""
+    torch._dynamo.reset()
+    per_head = torch.compile(llama.per_head, fullgraph=True)
+    a, b = torch.randint(-8, 9, (B, 3, R, X)).float(), torch.randint(-8, 9, (B, 3, X, Y)).float()
+    expected = a.long() @ b.long()
+    assert torch.equal(per_head(a, b).long(), expected)
+    assert torch.equal(per_head(a, b.mT.contiguous().mT).long(), expected)
 
 
 def test_command_line(script):
