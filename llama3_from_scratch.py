@@ -253,7 +253,7 @@ def project(x, w):
 def per_head(a, b):
     """a (B K R X) times b (B K X Y), a matrix product for each key/value head: B K R Y."""
     if torch.compiler.is_compiling() and a.is_cpu and len(a) == 1 and a.shape[2] <= 16 and a.shape[3] <= 4096:
-        rows = a.float().unbind(2)  # One token has few: loops again, which go through b once for all of them.
+        rows = a.float().unbind(2)  # G for one token. Loops again, through b once for all; slow if X is long.
         return torch.stack([(row[..., None] * b.float()).sum(2) for row in rows], 2).to(b.dtype)
     return a @ b
 

@@ -31,12 +31,17 @@ def test_a_contender_in_its_own_process():
 def test_who_cannot_take_part_is_named(tmp_path, monkeypatch):
     (tmp_path / "model.py").write_text("1 / 0")
     monkeypatch.setenv("GPT_FAST", str(tmp_path))
-    with bench.start("gpt-fast", TINY, "cpu") as process:
-        with pytest.raises(ValueError, match="^gpt-fast cannot take part: ZeroDivisionError: division by"):
-            bench.ask(process, 9, 3)
-        process.kill()
-        with pytest.raises(ValueError, match="^gpt-fast cannot take part: its process ended$"):
-            bench.ask(process, 9, 3)
+    process = bench.start("gpt-fast", TINY, "cpu")
+    with pytest.raises(
+        ValueError, match="^gpt-fast failed: ZeroDivisionError: division by zero; to see more: "
+    ):
+        bench.ask(process, 9, 3)
+    process.wait(60)
+    with pytest.raises(ValueError, match="^gpt-fast failed: its process ended; to see more: "):
+        bench.ask(process, 9, 3)
+    monkeypatch.delenv("GPT_FAST")
+    with pytest.raises(ValueError, match="^gpt-fast: set GPT_FAST to the path of its checkout$"):
+        bench.main([str(TINY), "--peers", "gpt-fast"])
     monkeypatch.setenv("GPT_FAST", str(tmp_path / "gone"))
     with pytest.raises(ValueError, match="^gpt-fast: set GPT_FAST to the path of its checkout$"):
         bench.main([str(TINY), "--peers", "gpt-fast"])

@@ -34,7 +34,7 @@ def go_on(params, weights, tokens, new, step, leave=None):
 
 
 def test_compiled_equals_eager_and_compiles_once(model, capsys):
-    """200 tokens, prompts of several lengths, several rows, rows that leave: compiled once, past 4,096 again."""
+    """200 tokens, prompts of several lengths, several rows, rows that leave; past 4,096 once more."""
     params, weights = model(n_layers=2)
     torch._dynamo.reset()
     before, step = graphs(), compiled.compiled_step()
@@ -105,6 +105,20 @@ def test_a_heads_product_is_the_same(B, R, X, Y):
     expected = a.long() @ b.long()
     assert torch.equal(per_head(a, b).long(), expected)
     assert torch.equal(per_head(a, b.mT.contiguous().mT).long(), expected)
+
+
+@pytest.mark.parametrize(
+    "B, R, X, loops",
+    [(1, 4, 64, True), (1, 16, 4096, True), (1, 17, 64, False), (1, 4, 4097, False), (2, 4, 64, False)],
+)
+def test_which_of_a_heads_products_are_loops(B, R, X, loops):
+    torch._dynamo.reset()
+    seen = []
+    per_head = torch.compile(
+        llama.per_head, backend=lambda graph, _: seen.append(str(graph.graph)) or graph.forward
+    )
+    per_head(torch.ones(B, 2, R, X), torch.ones(B, 2, X, 8))
+    assert ("matmul" not in seen[0]) == loops
 
 
 def test_command_line(script):

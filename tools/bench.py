@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 os.environ["THP_MEM_ALLOC_ENABLE"] = os.environ.get("THP_MEM_ALLOC_ENABLE", "1")  # as the script does
@@ -333,6 +334,7 @@ def work(name, folder, device):
                 answer["peak"] = torch.cuda.max_memory_allocated()
             os.write(talk, (json.dumps(answer) + "\n").encode())
     except Exception as problem:  # whatever a library raises: who asks should hear of it
+        traceback.print_exc()
         os.write(talk, (json.dumps({"error": f"{type(problem).__name__}: {problem}"}) + "\n").encode())
 
 
@@ -356,7 +358,10 @@ def ask(process, length, new):
         process.stdin.flush()
     answer = json.loads(process.stdout.readline() or '{"error": "its process ended"}')
     if "error" in answer:
-        raise ValueError(f"{process.args[-1]} cannot take part: {answer['error']}")
+        command = " ".join(process.args)
+        raise ValueError(
+            f"{process.args[-1]} failed: {answer['error']}; to see more: echo [9, 3] | {command}"
+        )
     return answer
 
 
@@ -608,7 +613,7 @@ def main(argv=None):
 
     versions = {}
     for name in args.peers:
-        if name == "gpt-fast" and not Path(os.environ.get("GPT_FAST", ""), "model.py").is_file():
+        if name == "gpt-fast" and not Path(os.environ.get("GPT_FAST", "/nowhere"), "model.py").is_file():
             raise ValueError("gpt-fast: set GPT_FAST to the path of its checkout")
         if name in PACKAGES:
             try:
