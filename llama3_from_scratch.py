@@ -141,6 +141,7 @@ def load_weights(shards, params, device="cpu", dtype=None, convert=None, n_layer
 
 
 # ------------------------------------------------------------------------ the tokenizer and the chat format
+
 def make_tokenizer(ranks, source):
     """A tiktoken Encoding from ranks (each token's bytes to its rank), with Llama 3's 256 special tokens.
 
@@ -203,6 +204,7 @@ def chat_message(tokenizer, role, text=None):
 
 
 # ------------------------------------------------------------------------ where several processes meet
+
 def processes():
     """(rank, N): which of how many this is. One alone, unless torchrun has started more."""
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -233,6 +235,7 @@ def joined(x):
 
 
 # ------------------------------------------------------------------------ the heart: the model
+
 def project(x, w):
     """x (B T D) times a matrix: w (F D) gives B T F; w (H E D), one matrix per head, gives B H T E.
 
@@ -248,14 +251,6 @@ def project(x, w):
     else:
         y = x @ rows.T
     return y if w.dim() == 2 else y.unflatten(-1, w.shape[:2]).transpose(1, 2)
-
-
-def per_head(a, b):
-    """a (B K R X) times b (B K X Y), a matrix product for each key/value head: B K R Y."""
-    if torch.compiler.is_compiling() and a.is_cpu and len(a) == 1 and a.shape[2] <= 16 and a.shape[3] <= 4096:
-        rows = a.float().unbind(2)  # G for one token. Loops again, through b once for all; slow if X is long.
-        return torch.stack([(row[..., None] * b.float()).sum(2) for row in rows], 2).to(b.dtype)
-    return a @ b
 
 
 def rms_norm(x, weight, eps):
@@ -329,10 +324,10 @@ def forward(tokens, weights, params, cache=None, positions=None, last=None,
 
         # How well does each key answer each query? The G heads that share keys form one matrix: no copies.
         # The mask puts -inf on what comes later. (Softmax computes in float32 and rounds at the end.)
-        scores = per_head(q.reshape(B, K, G * T, E), k.mT).view(B, H, T, -1) / math.sqrt(E) + mask.to(q.dtype)
+        scores = (q.reshape(B, K, G * T, E) @ k.mT / math.sqrt(E)).view(B, H, T, -1) + mask.to(q.dtype)
         scores = probe(f"layers.{i}.attention.scores", "B H T S", scores)
         probs = probe(f"layers.{i}.attention.probs", "B H T S", scores.softmax(-1))
-        heads = per_head(probs.reshape(B, K, G * T, -1), v).view(B, H, T, E)
+        heads = (probs.reshape(B, K, G * T, -1) @ v).view(B, H, T, E)
         heads = probe(f"layers.{i}.attention.heads", "B H T E", heads)
         out = summed(project(heads.transpose(1, 2).flatten(2), weights[f"layers.{i}.attention.wo.weight"]))
         out = probe(f"layers.{i}.attention.out", "B T D", out)
@@ -358,6 +353,7 @@ def forward(tokens, weights, params, cache=None, positions=None, last=None,
 
 
 # ------------------------------------------------------------------------ sample and generate
+
 def make_cache(weights, params, B, S=0):
     """Room for S positions: a pair (keys, values) of zeros (B K S E) a layer, in the weights' dtype."""
     like, shape = weights["norm.weight"], (B, params["n_kv_heads"], S, params["head_dim"])
@@ -430,6 +426,7 @@ def generate(logits, weights, params, cache, positions, choose=sample, step=forw
 
 
 # ------------------------------------------------------------------------ looking inside: the probes
+
 def check_dims(sizes, name, dims, tensor):
     """Binds the letters of dims ("B H T E") to the tensor's sizes; ValueError if a letter means two sizes."""
     letters, found = dims.split(), list(tensor.shape)
@@ -476,6 +473,7 @@ def record(trace):
 
 
 # ------------------------------------------------------------------------ the command line
+
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0], allow_abbrev=False,
@@ -504,8 +502,10 @@ def parse_arguments(argv):
     add("--layers", metavar="N", type=int, help="run the first N layers only")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="compute in this (default: the weights')")
     add("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
+
     def wrong(message):
         raise ValueError(f"{message} (--help shows what there is)")
+
     parser.error = wrong
     args = parser.parse_args(argv)
     for flag, low, high in (("max_new_tokens", 0, 10**9), ("temperature", 0, 1000), ("top_k", 0, 10**9),

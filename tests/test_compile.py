@@ -96,31 +96,6 @@ def test_rows_of_other_lengths_in_one_process():
         assert torch.equal(project(x, w).long(), x.long() @ w.long().T)
 
 
-@pytest.mark.parametrize("B, R, X, Y", [(1, 4, 64, 384), (1, 4, 384, 64), (1, 16, 100, 7), (2, 4, 256, 64)])
-def test_a_heads_product_is_the_same(B, R, X, Y):
-    """As of scores and of heads, of odd lengths, and of several rows; b with X or with Y side by side."""
-    torch._dynamo.reset()
-    per_head = torch.compile(llama.per_head, fullgraph=True)
-    a, b = torch.randint(-8, 9, (B, 3, R, X)).float(), torch.randint(-8, 9, (B, 3, X, Y)).float()
-    expected = a.long() @ b.long()
-    assert torch.equal(per_head(a, b).long(), expected)
-    assert torch.equal(per_head(a, b.mT.contiguous().mT).long(), expected)
-
-
-@pytest.mark.parametrize(
-    "B, R, X, loops",
-    [(1, 4, 64, True), (1, 16, 4096, True), (1, 17, 64, False), (1, 4, 4097, False), (2, 4, 64, False)],
-)
-def test_which_of_a_heads_products_are_loops(B, R, X, loops):
-    torch._dynamo.reset()
-    seen = []
-    per_head = torch.compile(
-        llama.per_head, backend=lambda graph, _: seen.append(str(graph.graph)) or graph.forward
-    )
-    per_head(torch.ones(B, 2, R, X), torch.ones(B, 2, X, 8))
-    assert ("matmul" not in seen[0]) == loops
-
-
 def test_command_line(script):
     flags = ["Once upon a time", "--show", "none", "--dtype", "float32", "--max-new-tokens", 40]
     plain, fast = script(*flags), script(*flags, "--compile")

@@ -1,8 +1,7 @@
 """One decode step, compiled, for the script's --compile: the same `forward`, as machine code.
 
-On a CPU, Inductor turns each projection of one token, and up to 4,096 positions attention's products, into a
-loop that reads as fast as memory gives. On a GPU, the compiled step is also recorded in a CUDA graph: one
-launch in place of hundreds.
+On a CPU, Inductor turns each projection of one token into a loop that reads the weights as fast as memory
+gives them. On a GPU, the compiled step is also recorded in a CUDA graph: one launch in place of hundreds.
 """
 
 import contextlib
@@ -46,8 +45,8 @@ def compiled_step():
     """`forward` for one new token a row, compiled: takes tokens, weights, params, cache, positions, last.
 
     It is compiled for one row when it first sees one, and once for all larger numbers of rows; for any number
-    of positions S that the cache shows, on a CPU once up to 4,096 and once beyond, where Inductor sums (and
-    `per_head` multiplies) in another way. Inductor keeps what it made on disk for the next run.
+    of positions S that the cache shows, on a CPU once up to 4,096 and once beyond, where Inductor sums in
+    another way. Inductor keeps what it made on disk for the next run.
     """
     options = {"cpp.enable_floating_point_contract_flag": "fast"}
     code = torch.compile(forward, fullgraph=True, options=options)
