@@ -26,10 +26,13 @@ def float64_loop(tokens, weights, params, positions=None):
         freq = 1.0 / torch.tensor(params["rope_theta"], dtype=torch.float32) ** exponent
         if params["use_scaled_rope"]:
             factor, wavelength = params["rope_scaling_factor"], 2 * math.pi / freq
-            if wavelength > 8192:
+            context, low, high = (
+                params[f"rope_{key}"] for key in ("original_context", "low_freq_factor", "high_freq_factor")
+            )
+            if wavelength * low > context:
                 freq = freq / factor
-            elif wavelength >= 2048:
-                smooth = (8192 / wavelength - 1) / 3
+            elif wavelength * high >= context:
+                smooth = (context / wavelength - low) / (high - low)
                 freq = (1 - smooth) * freq / factor + smooth * freq
         for t, position in enumerate(positions):
             angle = (torch.tensor(float(position), dtype=torch.float32) * freq).double()
