@@ -241,15 +241,7 @@ def project(x, w):
 
     The heads' matrices stand one below the other in memory, so one matrix multiplication does all heads.
     """
-    rows = w.flatten(0, -2)
-    if torch.compiler.is_compiling() and x.is_cpu and x.shape[:2] == (1, 1):
-        # One token: the same products and sums, in a form that compiles to a loop as fast as memory is read:
-        # through two rows at once, or, where they are long, through four of them piece by piece.
-        at_once, pieces = (4, 16) if x.shape[-1] > 4096 and x.shape[-1] % 16 == 0 else (2, 1)
-        x, parts = x.unflatten(-1, (pieces, -1)), rows.unflatten(-1, (pieces, -1)).chunk(at_once)
-        y = torch.cat([(x.float() * part.float()).sum(-1).sum(-1) for part in parts], -1).to(w.dtype)[None]
-    else:
-        y = x @ rows.T
+    y = x @ w.flatten(0, -2).T
     return y if w.dim() == 2 else y.unflatten(-1, w.shape[:2]).transpose(1, 2)
 
 

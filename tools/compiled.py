@@ -1,10 +1,13 @@
 """One decode step, compiled, for the script's --compile: the same `forward`, as machine code.
 
-On a CPU, Inductor turns each projection of one token into a loop that reads the weights as fast as memory
-gives them. On a GPU, the compiled step is also recorded in a CUDA graph: one launch in place of hundreds.
+On a CPU, the matrix products of one token become loops: over the weights, as fast as memory is read. On a
+GPU, the compiled step is also recorded in a CUDA graph: one launch in place of hundreds.
 """
 
 import contextlib
+import functools
+import inspect
+import operator
 import sys
 import threading
 import time
@@ -12,7 +15,8 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch._dynamo import config, mark_dynamic
+from torch._dynamo import mark_dynamic
+from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,26 +45,52 @@ def progress(what):
         print(f"{what}: {time.perf_counter() - started:.1f} s", file=sys.stderr)
 
 
+def as_loops(a, b):
+    """a @ b for one token, in a form that Inductor compiles to loops that multiply and sum.
+
+    a (1 1 D), b (D F, in memory F D): weights. a (1 K G X), b (1 K X Y): all keys or values.
+    """
+    if b.dim() == 2:
+        # Through two rows of the weights at once, or, where they are long, through four piece by piece.
+        at_once, pieces = (4, 16) if len(b) > 4096 and len(b) % 16 == 0 else (2, 1)
+        a, parts = a.unflatten(-1, (pieces, -1)), b.T.unflatten(-1, (pieces, -1)).chunk(at_once)
+        return torch.cat([(a.float() * part.float()).sum(-1).sum(-1) for part in parts], -1).to(b.dtype)[None]
+    rows = a.float().unbind(2)  # through b once, for all G queries that share it
+    return torch.stack([(row[..., None] * b.float()).sum(2) for row in rows], 2).to(b.dtype)
+
+
+def with_loops(graph, inputs, options):
+    """Inductor with as_loops for `@`, which it leaves to a library that is slower for one token on a CPU."""
+    for node in graph.graph.find_nodes(op="call_function", target=operator.matmul):
+        a, b = (arg.meta["example_value"] for arg in node.args)
+        if b.dim() == 2 or a.shape[2] <= 16 and a.shape[3] <= 4096:  # as a loop a longer sum is slow
+            node.target = as_loops
+    graph.recompile()
+    return compile_fx(graph, inputs, config_patches=options)
+
+
 def compiled_step():
     """`forward` for one new token a row, compiled: takes tokens, weights, params, cache, positions, last.
 
     It is compiled for one row when it first sees one, and once for all larger numbers of rows; for any number
-    of positions S that the cache shows, on a CPU once up to 4,096 and once beyond, where Inductor sums in
-    another way. Inductor keeps what it made on disk for the next run.
+    of positions S that the cache shows, on a CPU once up to 4,096 and once beyond, where long sums go
+    in another way. Inductor keeps what it made on disk for the next run.
     """
     options = {"cpp.enable_floating_point_contract_flag": "fast"}
     code = torch.compile(forward, fullgraph=True, options=options)
-    # For one row on a CPU what is around the loops is compiled too, and what goes into a loop is computed
-    # before it, not again for each row of the weights.
-    options = options | {"cpp_wrapper": True, "realize_reads_threshold": 0}
-    single = torch.compile(forward, fullgraph=True, options=options)
+    # For one row on a CPU what is around the loops is compiled too (not where processes meet there), and what
+    # goes into a loop is computed before it, not again for each row of the weights.
+    options = options | {"cpp_wrapper": processes()[1] == 1, "realize_reads_threshold": 0}
+    options["unsafe_marked_cacheable_functions"] = {f"{__name__}.as_loops": inspect.getsource(as_loops)}
+    loops = functools.partial(with_loops, options=options)
+    single = torch.compile(forward, fullgraph=True, backend=loops)
     compiled, graphs = set(), {}
 
     def step(tokens, weights, params, cache, positions, last):
         many, far = len(tokens) > 1, tokens.is_cpu and cache[0][0].shape[2] > 4096
         if tokens.device.type == "mps":
             raise ValueError("--compile is for CPUs and CUDA, not for mps")
-        run = replay if not tokens.is_cpu else code if many or processes()[1] > 1 else single
+        run = replay if not tokens.is_cpu else code if many else single
         if (many, far) in compiled:
             return run(tokens, weights, params, cache, positions, last)
         compiled.add((many, far))
@@ -71,9 +101,7 @@ def compiled_step():
         for rows in (tokens, positions, last) if many else ():
             mark_dynamic(rows, 0)
         words = "compiling the step" + " for several rows" * many + " beyond 4,096 positions" * far
-        # Layers are alike: where Inductor can, it compiles one of them for all, in two thirds of the time.
-        once = config.patch(use_graph_deduplication=run is not single)
-        with progress(words), warnings.catch_warnings(), once:
+        with progress(words), warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*complex operators")  # the rotation stays PyTorch's own
             try:
                 return run(tokens, weights, params, cache, positions, last)
