@@ -35,10 +35,18 @@ def go_on(params, weights, tokens, new, step, leave=None):
     return found
 
 
-def test_compiled_equals_eager_and_compiles_once(model, capsys):
+def test_compiled_equals_eager_and_compiles_once(model, capsys, monkeypatch):
     """200 tokens, prompts of several lengths, several rows, rows that leave; past 4,096 once more."""
     params, weights = model(n_layers=2)
     torch._dynamo.reset()
+    products, compile_fx = [], compiled.compile_fx
+
+    def count(graph, *args, **options):
+        calls = [node.target for node in graph.graph.nodes]
+        products.append((calls.count(compiled.as_loops), calls.count(operator.matmul)))
+        return compile_fx(graph, *args, **options)
+
+    monkeypatch.setattr(compiled, "compile_fx", count)
     before, step = graphs(), compiled.compiled_step()
     for T, new in ((11, 200), (300, 40), (3, 10), (500, 600)):
         tokens = some_tokens(params, B=1, T=T)
@@ -54,6 +62,7 @@ def test_compiled_equals_eager_and_compiles_once(model, capsys):
         expected = go_on(params, weights, tokens, 200, llama.forward, leave)
         assert go_on(params, weights, tokens, 200, step, leave) == expected
     assert graphs() - before == 3
+    assert products == [(2 * 9 + 1, 0), (2 * 8 + 1, 2)]  # past 4,096 the sums over values stay products
 
 
 def test_compiled_bfloat16_is_no_worse_than_eager(model):
@@ -134,6 +143,10 @@ def test_one_key_value_head_and_as_many_as_queries(model, heads):
     tokens = some_tokens(params, B=1, T=9)
     expected = go_on(params, weights, tokens, 40, llama.forward)
     assert go_on(params, weights, tokens, 40, compiled.compiled_step()) == expected
+    torch._dynamo.reset()  # as in the next run, which should find on disk what was compiled
+    found = counters["aot_autograd"]["autograd_cache_hit"]
+    assert go_on(params, weights, tokens, 40, compiled.compiled_step()) == expected
+    assert counters["aot_autograd"]["autograd_cache_hit"] == found + 1
 
 
 def test_command_line(script):

@@ -59,6 +59,10 @@ def as_loops(a, b):
     return torch.stack([(row[..., None] * b.float()).sum(2) for row in rows], 2).to(b.dtype)
 
 
+# What Inductor keeps on disk is found again by the text that was compiled, also where that text is changed.
+KEPT_BY_TEXT = {f"{__name__}.as_loops": inspect.getsource(as_loops)}
+
+
 def with_loops(graph, inputs, options):
     """Inductor with as_loops for `@`, which it leaves to a library that is slower for one token on a CPU."""
     for node in graph.graph.find_nodes(op="call_function", target=operator.matmul):
@@ -81,9 +85,8 @@ def compiled_step():
     # For one row on a CPU what is around the loops is compiled too (not where processes meet there), and what
     # goes into a loop is computed before it, not again for each row of the weights.
     options = options | {"cpp_wrapper": processes()[1] == 1, "realize_reads_threshold": 0}
-    options["unsafe_marked_cacheable_functions"] = {f"{__name__}.as_loops": inspect.getsource(as_loops)}
-    loops = functools.partial(with_loops, options=options)
-    single = torch.compile(forward, fullgraph=True, backend=loops)
+    options |= {"unsafe_marked_cacheable_functions": KEPT_BY_TEXT}
+    single = torch.compile(forward, fullgraph=True, backend=functools.partial(with_loops, options=options))
     compiled, graphs = set(), {}
 
     def step(tokens, weights, params, cache, positions, last):
