@@ -66,7 +66,7 @@ def test_compiled_equals_eager_and_compiles_once(model, capsys, monkeypatch):
 
 
 def test_compiled_bfloat16_is_no_worse_than_eager(model):
-    params, exact = model(n_layers=2)
+    params, exact = model()
     weights = {name: w.bfloat16() for name, w in exact.items()}
     exact = {name: w.float() for name, w in weights.items()}
     tokens, step = some_tokens(params, B=1, T=40), compiled.compiled_step()
@@ -80,44 +80,41 @@ def test_compiled_bfloat16_is_no_worse_than_eager(model):
     assert errors[1] < 1.1 * errors[0] < 0.05
 
 
-def product(a, b):
-    return a @ b
-
-
-def looped(**options):
-    """product, compiled as in the step of one row."""
+def looped(function, **options):
+    """The function, compiled as in the step of one row."""
     torch._dynamo.reset()
     backend = functools.partial(compiled.with_loops, options={})
-    return torch.compile(product, backend=backend, fullgraph=True, **options)
+    return torch.compile(function, backend=backend, fullgraph=True, **options)
 
 
 @pytest.mark.parametrize("D", [1, 6, 64, 100])
-def test_a_projection_as_loops_is_the_same_product(D):
-    projected = looped(dynamic=False)
+def test_the_form_for_one_token_is_the_same_product(D):
+    project = looped(llama.project, dynamic=False)
     x = torch.randn(1, 1, D)
-    for F in (32, 37):
-        w = torch.randn(F, D)
-        torch.testing.assert_close(projected(x, w.T), llama.project(x, w))
+    for shape in ((32, D), (4, 8, D), (37, D)):
+        w = torch.randn(shape)
+        torch.testing.assert_close(project(x, w), llama.project(x, w))
 
 
 @pytest.mark.parametrize("D", [64, 4102, 8192])
 def test_sums_of_whole_numbers_are_exact(D):
+    project = looped(llama.project, dynamic=False)
     x, w = torch.randint(-8, 9, (1, 1, D)).float(), torch.randint(-8, 9, (37, D)).float()
-    assert torch.equal(looped(dynamic=False)(x, w.T).long(), x.long() @ w.long().T)
+    assert torch.equal(project(x, w).long(), x.long() @ w.long().T)
 
 
 def test_rows_of_other_lengths_in_one_process():
     """As of a second model: from the second length on, it is compiled for any."""
-    projected = looped()
+    project = looped(llama.project)
     for D in (4112, 4608, 4102):
         x, w = torch.randint(-8, 9, (1, 1, D)).float(), torch.randint(-8, 9, (37, D)).float()
-        assert torch.equal(projected(x, w.T).long(), x.long() @ w.long().T)
+        assert torch.equal(project(x, w).long(), x.long() @ w.long().T)
 
 
 @pytest.mark.parametrize("K, G, X, Y", [(3, 4, 64, 384), (3, 4, 384, 64), (1, 16, 100, 7), (2, 1, 33, 64)])
 def test_a_heads_product_as_loops_is_exact(K, G, X, Y):
     """As of scores, of heads, and of odd sizes; keys and values with X or with Y side by side in memory."""
-    per_head = looped()
+    per_head = looped(lambda a, b: a @ b)
     a, b = torch.randint(-8, 9, (1, K, G, X)).float(), torch.randint(-8, 9, (1, K, X, Y)).float()
     expected = a.long() @ b.long()
     assert torch.equal(per_head(a, b).long(), expected)
@@ -150,17 +147,7 @@ def test_one_key_value_head_and_as_many_as_queries(model, heads):
 
 
 def test_command_line(script):
-    flags = [
-        "Once upon a time",
-        "--show",
-        "none",
-        "--dtype",
-        "float32",
-        "--max-new-tokens",
-        40,
-        "--layers",
-        2,
-    ]
+    flags = ["Once upon a time", "--show", "none", "--dtype", "float32", "--max-new-tokens", 40]
     plain, fast = script(*flags), script(*flags, "--compile")
     assert fast.returncode == 0 and fast.stdout == plain.stdout
     assert "compiling the step: " in fast.stderr and "Warning" not in fast.stderr

@@ -59,7 +59,7 @@ def as_loops(a, b):
     return torch.stack([(row[..., None] * b.float()).sum(2) for row in rows], 2).to(b.dtype)
 
 
-# What Inductor keeps on disk is found again by the text that was compiled, also where that text is changed.
+# Inductor keeps what it made on disk, and would not see that as_loops has changed: its text joins the key.
 KEPT_BY_TEXT = {f"{__name__}.as_loops": inspect.getsource(as_loops)}
 
 
@@ -77,8 +77,8 @@ def compiled_step():
     """`forward` for one new token a row, compiled: takes tokens, weights, params, cache, positions, last.
 
     It is compiled for one row when it first sees one, and once for all larger numbers of rows; for any number
-    of positions S that the cache shows, on a CPU once up to 4,096 and once beyond, where long sums go
-    in another way. Inductor keeps what it made on disk for the next run.
+    of positions S that the cache shows, on a CPU once up to 4,096 and once beyond, where long sums go in
+    another way. Inductor keeps what it made on disk for the next run.
     """
     options = {"cpp.enable_floating_point_contract_flag": "fast"}
     code = torch.compile(forward, fullgraph=True, options=options)
