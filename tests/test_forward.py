@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import relative_error, some_tokens, traced
 from references import float64_loop, hugging_face, metas_reference
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama3_from_scratch as llama
 
@@ -201,6 +202,48 @@ def test_a_letter_that_means_two_sizes_raises():
     for dims, shape in (("B T", (2, 4)), ("B T D", (2, 3)), ("B", (2, 3)), ("B 1 T", (2, 2, 3))):
         with pytest.raises(ValueError, match="b should be"):
             llama.check_dims(dict(sizes), "b", dims, torch.zeros(shape))
+
+
+class WhileMultiplying(TorchDispatchMode):
+    """Calls `look` at each matrix product of two matrices."""
+
+    def __init__(self, look):
+        super().__init__()
+        self.look = look
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.mm.default:
+            self.look()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("B, T", [(1, 1), (1, 2), (2, 1)])
+def test_one_token_goes_without_onednn(B, T, enabled, monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
+    seen, x, w = [], torch.randn(B, T, 8), torch.randn(3, 5, 8)
+    with WhileMultiplying(lambda: seen.append(torch.backends.mkldnn.enabled)):
+        y = llama.project(x, w)
+    assert seen == [enabled and B * T > 1] and torch.backends.mkldnn.enabled == enabled
+    torch.testing.assert_close(y, torch.einsum("btd,hed->bhte", x, w))
+
+
+def test_onednn_is_back_after_an_interrupt():
+    def interrupt():
+        raise KeyboardInterrupt
+
+    assert torch.backends.mkldnn.enabled
+    with pytest.raises(KeyboardInterrupt), WhileMultiplying(interrupt):
+        llama.project(torch.randn(1, 1, 8), torch.randn(5, 8))
+    assert torch.backends.mkldnn.enabled
+
+
+@pytest.mark.parametrize("dtype, bar", [(torch.bfloat16, 3e-3), (torch.float16, 4e-4)])
+@pytest.mark.parametrize("D", [8, 77, 2048, 8192])
+def test_one_tokens_product_is_as_exact_without_onednn(dtype, bar, D):
+    torch.manual_seed(D)
+    x, w = torch.randn(1, 1, D).to(dtype), torch.randn(100, D).to(dtype)
+    assert relative_error(llama.project(x, w), x.double() @ w.double().T) < bar
 
 
 def test_sees_through_torch_compile(model):
