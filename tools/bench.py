@@ -541,15 +541,15 @@ def spread(values):
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
-def report_side_by_side(found, bandwidths, rate, size, flops):
-    """Lines of Markdown."""
+def report_side_by_side(found, bandwidths, rate, size, cache, flops):
+    """Lines of Markdown. size and cache: bytes of the weights, and of keys and values at 512 positions."""
     reach = [b * 1e9 / size for b in bandwidths]
     yield f"Read bandwidth {spread(bandwidths)} GB/s: at most {spread(reach)} tokens a second for one row of"
     yield f"{size / 1e9:.2f} GB. Matrix products {rate / 1e3:.2f} TFLOP/s: at most {rate * 1e9 / flops:.0f}"
     yield "tokens of prompt a second. Medians, in brackets the range; ratios: medians over turns."
     yield ""
     heads = ["", "prefill 128, tok/s", "prefill 512, tok/s", "decode, tok/s", "eager / it", "compiled / it"]
-    heads += ["of the bandwidth", "same tokens as compiled", "memory beyond weights"]
+    heads += ["of the bandwidth", "same tokens as compiled", "memory beyond weights and cache"]
     yield "| " + " | ".join(heads) + " |"
     yield "|---" * len(heads) + "|"
     for name, row in found.items():
@@ -561,7 +561,7 @@ def report_side_by_side(found, bandwidths, rate, size, flops):
         mine, theirs = found["compiled"]["tokens"], row["tokens"]
         same = next((n for n, (a, b) in enumerate(zip(mine, theirs)) if a != b), len(mine))
         cells.append(f"{same} of {len(mine)}")
-        cells.append("" if row["peak"] is None else f"{(row['peak'] - size) / 1e6:.0f} MB")
+        cells.append("" if row["peak"] is None else f"{(row['peak'] - size - cache) / 1e6:.0f} MB")
         yield "| " + " | ".join(cells) + " |"
 
 
@@ -626,6 +626,7 @@ def main(argv=None):
     # For a prompt's tokens but the last, these two have nothing to multiply.
     ends = ("tok_embeddings.weight", "output.weight")
     numbers = sum(w.numel() for name, w in weights.items() if name not in ends)
+    cache = held_by_cache(llama.make_cache(weights, params, 1, 512))
     weights = None
     found, bandwidths = side_by_side(
         ["eager", "compiled", *args.peers], args.weights, args.device, args.rounds, args.tokens
@@ -637,7 +638,7 @@ def main(argv=None):
         sep=", ",
     )
     print()
-    print(*report_side_by_side(found, bandwidths, rate, size, 2 * numbers), sep="\n")
+    print(*report_side_by_side(found, bandwidths, rate, size, cache, 2 * numbers), sep="\n")
     everything = {"machine": machine(args.device), "bandwidths": bandwidths, "side by side": found}
     if args.chart:
         chart(found, statistics.median(bandwidths) * 1e9 / size, args.chart)
