@@ -320,7 +320,8 @@ def forward(tokens, weights, params, cache=None, positions=None, last=None,
 
         # How well does each key answer each query? The G heads that share keys form one matrix: no copies.
         # The mask puts -inf on what comes later. (Softmax computes in float32 and rounds at the end.)
-        scores = (q.reshape(B, K, G * T, E) @ k.mT / math.sqrt(E)).view(B, H, T, -1) + mask.to(q.dtype)
+        scores = (q.reshape(B, K, G * T, E) @ k.mT).view(B, H, T, -1)
+        scores = scores.div_(math.sqrt(E)).add_(mask.to(q.dtype))  # in place: for long prompts they are large
         scores = probe(f"layers.{i}.attention.scores", "B H T S", scores)
         probs = probe(f"layers.{i}.attention.probs", "B H T S", scores.softmax(-1))
         heads = (probs.reshape(B, K, G * T, -1) @ v).view(B, H, T, E)
