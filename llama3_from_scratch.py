@@ -27,7 +27,6 @@ import argparse
 import base64
 import bdb
 import codecs
-import contextlib
 import functools
 import importlib
 import itertools
@@ -242,9 +241,14 @@ def project(x, w):
 
     The heads' matrices stand one below the other in memory, so one matrix multiplication does all heads.
     """
-    # Is it one token, on a CPU? PyTorch's own product reads the weights faster than oneDNN's, made for many.
-    one = x.is_cpu and x.shape[:2] == (1, 1) and not torch.compiler.is_compiling()
-    with torch.backends.mkldnn.flags(False, None, None, None) if one else contextlib.nullcontext():
+    # Is it one token? In bfloat16 PyTorch's own product reads weights faster than oneDNN's, made for many.
+    if x.shape[:2] == (1, 1) and torch.backends.mkldnn.enabled and not torch.compiler.is_compiling():
+        try:
+            torch.backends.mkldnn.enabled = False
+            y = x @ w.flatten(0, -2).T
+        finally:
+            torch.backends.mkldnn.enabled = True
+    else:
         y = x @ w.flatten(0, -2).T
     return y if w.dim() == 2 else y.unflatten(-1, w.shape[:2]).transpose(1, 2)
 
@@ -319,9 +323,8 @@ def forward(tokens, weights, params, cache=None, positions=None, last=None,
             k, v = keys, values
 
         # How well does each key answer each query? The G heads that share keys form one matrix: no copies.
-        # The mask puts -inf on what comes later. (Softmax computes in float32 and rounds at the end.)
-        scores = (q.reshape(B, K, G * T, E) @ k.mT).view(B, H, T, -1)
-        scores = scores.div_(math.sqrt(E)).add_(mask.to(q.dtype))  # in place: for long prompts they are large
+        # The mask puts -inf on what comes later. (In place: scores can be large. Softmax works in float32.)
+        scores = (q.reshape(B, K, G * T, E) @ k.mT).view(B, H, T, -1).div_(E**0.5).add_(mask.to(q.dtype))
         scores = probe(f"layers.{i}.attention.scores", "B H T S", scores)
         probs = probe(f"layers.{i}.attention.probs", "B H T S", scores.softmax(-1))
         heads = (probs.reshape(B, K, G * T, -1) @ v).view(B, H, T, E)

@@ -158,6 +158,6 @@ def test_command_line(script):
 def test_without_a_compiler_there_is_one_line(script, monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere/g++"))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    result = script("Hello", "--show", "none", "--compile", "--layers", 1)
+    with torch._inductor.config.patch(force_disable_caches=True):  # monkeypatch would take it away in the end
+        result = script("Hello", "--show", "none", "--compile", "--layers", 1)
     assert result.returncode == 2 and "--compile needs a C++ compiler" in result.stderr

@@ -1,6 +1,7 @@
 """forward against three references, tensor by tensor; and against itself in other arrangements."""
 
 import math
+import threading
 
 import pytest
 import torch
@@ -236,6 +237,23 @@ def test_onednn_is_back_after_an_interrupt():
     with pytest.raises(KeyboardInterrupt), WhileMultiplying(interrupt):
         llama.project(torch.randn(1, 1, 8), torch.randn(5, 8))
     assert torch.backends.mkldnn.enabled
+
+
+def test_onednn_is_back_after_two_threads():
+    x, w = torch.randn(1, 1, 512).bfloat16(), torch.randn(2048, 512).bfloat16()
+    for _ in range(20):
+        threads = [threading.Thread(target=lambda: [llama.project(x, w) for _ in range(50)]) for _ in "ab"]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert torch.backends.mkldnn.enabled
+
+
+def test_one_tokens_product_is_one_graph():
+    x, w = torch.randn(1, 1, 8), torch.randn(3, 5, 8)
+    project = torch.compile(llama.project, fullgraph=True, backend="eager")
+    torch.testing.assert_close(project(x, w), llama.project(x, w))
 
 
 @pytest.mark.parametrize("dtype, bar", [(torch.bfloat16, 3e-3), (torch.float16, 4e-4)])
