@@ -155,9 +155,9 @@ def test_command_line(script):
     assert many.stdout == script("--prompts", "-", *flags[1:], input="Once\nThe cat sat\nOne day\n").stdout
 
 
-def test_without_a_compiler_there_is_one_line(script, monkeypatch):
+def test_without_a_compiler_there_is_one_line(script):
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere/g++"))
-    with torch._inductor.config.patch(force_disable_caches=True):  # monkeypatch would take it away in the end
+    settings = {"cpp.cxx": (None, "/nowhere/g++"), "force_disable_caches": True}
+    with torch._inductor.config.patch(settings):  # monkeypatch would leave Inductor without them
         result = script("Hello", "--show", "none", "--compile", "--layers", 1)
     assert result.returncode == 2 and "--compile needs a C++ compiler" in result.stderr
