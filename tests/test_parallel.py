@@ -1,5 +1,6 @@
 """Several processes that share a model, as torchrun starts them, give what one process gives; or end soon."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -419,7 +420,8 @@ def test_a_process_or_a_machine_hangs():
                 took[name] = time.monotonic() - began
     for pid in (rank_0, first.pid):
         os.kill(pid, signal.SIGKILL)
-    os.kill(rank_1, signal.SIGCONT)
+    with contextlib.suppress(ProcessLookupError):  # torchrun ends it after 30 more seconds
+        os.kill(rank_1, signal.SIGCONT)
     _, _, err, errors = finished(alone, within=60)
     assert errors == ["error: process 1 of 2 does not answer"] and took["alone"] < 30, err
     _, _, err, errors = finished(second, within=60)
