@@ -354,15 +354,20 @@ def test_one_clear_line(tmp_path, checkpoint):
         assert "process " not in errors[0].partition("cannot")[0].replace("4 processes", "")
 
 
+@pytest.fixture
+def endless(checkpoint):
+    """The script and flags for a text that does not end: this random model repeats one token."""
+    folder = checkpoint(max_seq_len=100_000)
+    return SCRIPT, "Once", "--weights", folder, "--show", "none", "--max-new-tokens", "90000"
+
+
 def started(process):
     """Waits until text comes, and returns its first letters."""
     return process.stdout.read(4)
 
 
-def test_a_process_is_killed():
-    process = torchrun(
-        3 - 1, SCRIPT, "Once", "--show", "none", "--max-new-tokens", "9999", "--temperature", "9"
-    )
+def test_a_process_is_killed(endless):
+    process = torchrun(2, *endless)
     started(process)
     (pid,) = [pid for pid, rank in workers(process) if rank == 1]
     began = time.monotonic()
@@ -396,12 +401,11 @@ def test_a_mistake_of_ours_shows(tmp_path):
     assert code != 0 and "AssertionError: a mistake" in err and len(errors) == 1
 
 
-def test_a_process_or_a_machine_hangs():
+def test_a_process_or_a_machine_hangs(endless):
     """One of two processes stops; and of two machines the first, with torchrun, which holds the store."""
-    flags = (SCRIPT, "Once", "--show", "none", "--max-new-tokens", "9999", "--temperature", "9")
     port = free_port()
-    alone = torchrun(2, *flags)
-    first, second = (torchrun(1, *flags, nodes=2, node=n, port=port) for n in range(2))
+    alone = torchrun(2, *endless)
+    first, second = (torchrun(1, *endless, nodes=2, node=n, port=port) for n in range(2))
     for process in (alone, first):
         started(process)
     (rank_1,) = [pid for pid, rank in workers(alone) if rank == 1]
@@ -429,8 +433,8 @@ def test_a_process_or_a_machine_hangs():
     finished(first)
 
 
-def test_control_c():
-    process = torchrun(2, SCRIPT, "Once", "--show", "none", "--max-new-tokens", "9999", "--temperature", "9")
+def test_control_c(endless):
+    process = torchrun(2, *endless)
     started(process)
     began = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)
