@@ -1,6 +1,7 @@
 """Reading checkpoints in Meta's layout: shards, ties, shapes, memory."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -146,7 +147,8 @@ def test_importing_has_no_side_effect(tmp_path):
         "state = [n for n, v in vars(l).items() if isinstance(v, (list, dict, set)) and n[:2] != '__'];"
         "assert not state, state"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    command, env = [sys.executable, "-c", code], os.environ | {"OMP_NUM_THREADS": "2"}  # 1 hides it
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "") and not list(tmp_path.iterdir())
 
 
