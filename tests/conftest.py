@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # these models are so small that a second thread only waits
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # these models are so small that a second thread only waits
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools"), str(ROOT / "weights")]
-
-from random_checkpoint import random_checkpoint, random_weights
-
 import llama3_from_scratch as llama
+from tools.random_checkpoint import random_checkpoint, random_weights
+
+ROOT = Path(__file__).resolve().parents[1]
 
 SMALL = {
     "dim": 64,
@@ -31,11 +31,16 @@ SMALL = {
 }
 
 
+def read_params(folder):
+    """All params of a folder in Meta's layout."""
+    return llama.fill_params(json.loads((folder / "params.json").read_text()))
+
+
 def full_params(folder, **changes):
-    """params.json with these changes to SMALL, as read_params gives it."""
+    """All params of SMALL with these changes; they are written to params.json in the folder too."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.json").write_text(json.dumps(SMALL | changes))
-    return llama.read_params(folder)
+    return read_params(folder)
 
 
 @pytest.fixture
@@ -54,9 +59,17 @@ def checkpoint(tmp_path):
     """checkpoint(**changes to SMALL, shards=…, …) -> a folder with a random checkpoint in Meta's layout."""
 
     def make(
-        name="checkpoint", shards=1, seed=0, tied=False, dtype=torch.bfloat16, tokenizer=None, **changes
+        name="checkpoint",
+        shards=1,
+        seed=0,
+        tied=False,
+        dtype=torch.bfloat16,
+        tokenizer=None,
+        **changes,
     ):
-        return random_checkpoint(tmp_path / name, SMALL | changes, shards, seed, tied, dtype, tokenizer)
+        return random_checkpoint(
+            tmp_path / name, SMALL | changes, shards, seed, tied, dtype, tokenizer
+        )
 
     return make
 
@@ -80,7 +93,9 @@ def script(monkeypatch):
     def run(*arguments, input="", env=(), terminal=False):
         kind = Terminal if terminal else io.TextIOWrapper
         streams = [
-            (kind if n == 0 else io.TextIOWrapper)(io.BytesIO(), "utf-8", newline="\n", write_through=True)
+            (kind if n == 0 else io.TextIOWrapper)(
+                io.BytesIO(), "utf-8", newline="\n", write_through=True
+            )
             for n in range(3)
         ]
         streams[0].buffer.write(input if isinstance(input, bytes) else input.encode())
@@ -123,4 +138,6 @@ def relative_error(ours, theirs):
 
 
 def some_tokens(params, B=2, T=11, seed=5):
-    return torch.randint(0, params["vocab_size"], (B, T), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, params["vocab_size"], (B, T), generator=torch.Generator().manual_seed(seed)
+    )

@@ -69,18 +69,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.answer(400) if token else self.hand_out(name, content)
         if repo in hub.gated and token != f"Bearer {hub.token}":
             error = "Access to this model is restricted" if token else "Please log in"
-            return self.answer(403 if token else 401, X_Error_Code="GatedRepo", X_Error_Message=error)
+            return self.answer(
+                403 if token else 401, X_Error_Code="GatedRepo", X_Error_Message=error
+            )
         about = {"X_Repo_Commit": COMMIT, "ETag": f'"{hashlib.md5(content).hexdigest()}"'}
         if len(content) < LARGE:
             return self.hand_out(name, content, **about)
-        about |= {"X_Linked_Size": len(content), "X_Linked_ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+        about |= {
+            "X_Linked_Size": len(content),
+            "X_Linked_ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+        }
         self.answer(302, Location=f"{hub.large_url}/large{path}", **about)
 
     do_GET = do_HEAD
 
     def hand_out(self, name, content, **headers):
         """The file, or the part asked for; or as much of it as its next fault lets through."""
-        hub, faults, begin, end = self.server.hub, self.server.hub.faults.get(name, []), 0, len(content)
+        hub, faults, begin, end = (
+            self.server.hub,
+            self.server.hub.faults.get(name, []),
+            0,
+            len(content),
+        )
         kind, number = faults.pop(0) if faults and self.command == "GET" else (None, None)
         if kind == "fail":
             return self.answer(number)
@@ -106,7 +116,13 @@ def fake_hub(repos, gated=(), token="hf_right"):
     some bytes there, ("fail", n) answers with status n.
     """
     hub = types.SimpleNamespace(
-        repos=repos, gated=gated, token=token, requests=[], faults={}, page=None, over=threading.Event()
+        repos=repos,
+        gated=gated,
+        token=token,
+        requests=[],
+        faults={},
+        page=None,
+        over=threading.Event(),
     )
     servers = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]
     hub.url, hub.large_url = (f"http://127.0.0.1:{server.server_port}" for server in servers)

@@ -20,7 +20,9 @@ def frequencies(params, made):
         wavelengths = 2 * math.pi / freqs
         smooth = (8192 / wavelengths - 1) / 3
         blend = (1 - smooth) * freqs / factor + smooth * freqs
-        freqs = torch.where(wavelengths > 8192, freqs / factor, torch.where(wavelengths < 2048, freqs, blend))
+        freqs = torch.where(
+            wavelengths > 8192, freqs / factor, torch.where(wavelengths < 2048, freqs, blend)
+        )
     return freqs
 
 
@@ -75,7 +77,9 @@ def port(tokens, weights, params, made=(), dtype=torch.float64):
         return x.view(B, T, n, E).transpose(1, 2)
 
     halves_weights = "you rotate interleaved pairs on half-split weights" in made
-    turn = turn_halves if "you rotate half-split pairs on interleaved weights" in made else turn_pairs
+    turn = (
+        turn_halves if "you rotate half-split pairs on interleaved weights" in made else turn_pairs
+    )
     x = trace["tok_embeddings"] = w["tok_embeddings"][tokens]
     for i in range(params["n_layers"]):
         p = f"layers.{i}."
@@ -125,7 +129,9 @@ def port(tokens, weights, params, made=(), dtype=torch.float64):
             merged = heads.contiguous().view(B, T, -1)
         out = times(merged, p + "attention.wo")
         trace[p + "attention.out"] = out
-        alone = {"the residual is forgotten", "the residual around attention is forgotten"} & set(made)
+        alone = {"the residual is forgotten", "the residual around attention is forgotten"} & set(
+            made
+        )
         x = trace[p + "after_attention"] = out if alone else x + out
         h = trace[p + "ffn_norm"] = norm(x, w[p + "ffn_norm"])
         x = h if "residuals are taken after the norm" in made else x
@@ -144,7 +150,10 @@ def port(tokens, weights, params, made=(), dtype=torch.float64):
         both = gate if "up is left out" in made else up if "the gate is left out" in made else both
         trace[p + "feed_forward.hidden"] = both
         out = trace[p + "feed_forward.out"] = times(both, p + "feed_forward.w2")
-        alone = {"the residual is forgotten", "the residual around the feed-forward is forgotten"} & set(made)
+        alone = {
+            "the residual is forgotten",
+            "the residual around the feed-forward is forgotten",
+        } & set(made)
         x = trace[p + "out"] = out if alone else x + out
     h = trace["norm"] = x if "the final norm is forgotten" in made else norm(x, w["norm"])
     head = "tok_embeddings" if "the embedding is used as the output head" in made else "output"

@@ -17,10 +17,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import llama3_from_scratch as llama
-
-parallel = llama.beside("tools/parallel.py")
+from parts import commandline, parallel, processes
 
 
 def memory(key):
@@ -38,7 +36,7 @@ def run(args):
         weights, params, _ = llama.load_model(folder)
         gc.collect()
         own = {w.data_ptr(): w.nbytes for w in weights.values()}
-        grown = [None] * llama.processes()[1]
+        grown = [None] * processes()[1]
         dist.all_gather_object(grown, [memory("VmRSS") - before, sum(own.values())])
         found[f"{n}.memory"] = torch.tensor(grown)
         if not new:
@@ -50,9 +48,9 @@ def run(args):
         at = torch.full((len(tokens),), tokens.shape[1])
         steps = itertools.islice(llama.generate(logits, weights, params, cache, at), new)
         found[f"{n}.new"] = torch.stack(list(steps))
-    if llama.processes()[0] == 0:
+    if processes()[0] == 0:
         save_file(found, out_file)
 
 
 if __name__ == "__main__":
-    sys.exit(parallel.run_together(llama.parse_arguments, [" ".join(sys.argv[1:])], run))
+    sys.exit(parallel.run_together(commandline.parse_arguments, [" ".join(sys.argv[1:])], run))

@@ -18,16 +18,24 @@ def float64_loop(tokens, weights, params, positions=None):
     trace = {"tokens": tokens}
 
     def norm(x, weight):
-        return x / torch.sqrt((x * x).sum(-1, keepdim=True) / x.shape[-1] + params["norm_eps"]) * weight
+        return (
+            x
+            / torch.sqrt((x * x).sum(-1, keepdim=True) / x.shape[-1] + params["norm_eps"])
+            * weight
+        )
 
-    cos, sin = torch.empty(T, E // 2, dtype=torch.float64), torch.empty(T, E // 2, dtype=torch.float64)
+    cos, sin = (
+        torch.empty(T, E // 2, dtype=torch.float64),
+        torch.empty(T, E // 2, dtype=torch.float64),
+    )
     for e in range(E // 2):
         exponent = torch.tensor(2.0 * e, dtype=torch.float32) / E
         freq = 1.0 / torch.tensor(params["rope_theta"], dtype=torch.float32) ** exponent
         if params["use_scaled_rope"]:
             factor, wavelength = params["rope_scaling_factor"], 2 * math.pi / freq
             context, low, high = (
-                params[f"rope_{key}"] for key in ("original_context", "low_freq_factor", "high_freq_factor")
+                params[f"rope_{key}"]
+                for key in ("original_context", "low_freq_factor", "high_freq_factor")
             )
             if wavelength * low > context:
                 freq = freq / factor
@@ -51,7 +59,10 @@ def float64_loop(tokens, weights, params, positions=None):
         layer = f"layers.{i}."
         a = trace[layer + "attention_norm"] = norm(x, w[layer + "attention_norm.weight"])
         heads = {
-            letter: [a @ w[f"{layer}attention.w{letter}.weight"][n * E : (n + 1) * E].T for n in range(count)]
+            letter: [
+                a @ w[f"{layer}attention.w{letter}.weight"][n * E : (n + 1) * E].T
+                for n in range(count)
+            ]
             for letter, count in (("q", H), ("k", K), ("v", K))
         }
         for letter in "qkv":
@@ -64,7 +75,9 @@ def float64_loop(tokens, weights, params, positions=None):
             k, v = heads["k"][h // (H // K)], heads["v"][h // (H // K)]
             score = torch.full((B, T, T), -math.inf, dtype=torch.float64)
             for t in range(T):  # each query sees the keys up to its own, and no other
-                score[:, t, : t + 1] = (heads["q"][h][:, t, None] * k[:, : t + 1]).sum(-1) / math.sqrt(E)
+                score[:, t, : t + 1] = (heads["q"][h][:, t, None] * k[:, : t + 1]).sum(
+                    -1
+                ) / math.sqrt(E)
             scores.append(score)
             exp = torch.exp(score - score.max(-1, keepdim=True).values)
             probs.append(exp / exp.sum(-1, keepdim=True))
@@ -72,7 +85,9 @@ def float64_loop(tokens, weights, params, positions=None):
         trace[layer + "attention.scores"] = torch.stack(scores, 1)
         trace[layer + "attention.probs"] = torch.stack(probs, 1)
         trace[layer + "attention.heads"] = torch.stack(read, 1)
-        out = trace[layer + "attention.out"] = torch.cat(read, -1) @ w[layer + "attention.wo.weight"].T
+        out = trace[layer + "attention.out"] = (
+            torch.cat(read, -1) @ w[layer + "attention.wo.weight"].T
+        )
         x = trace[layer + "after_attention"] = x + out
         f = trace[layer + "ffn_norm"] = norm(x, w[layer + "ffn_norm.weight"])
         gate = f @ w[layer + "feed_forward.w1.weight"].T
@@ -146,12 +161,18 @@ def metas_reference(tokens, weights, params, start=0):
         layer.ffn_norm.register_forward_pre_hook(keep(name + "after_attention", inputs=True))
         layer.ffn_norm.register_forward_hook(keep(name + "ffn_norm"))
         layer.feed_forward.w3.register_forward_hook(keep(name + "feed_forward.up"))
-        layer.feed_forward.w2.register_forward_pre_hook(keep(name + "feed_forward.hidden", inputs=True))
+        layer.feed_forward.w2.register_forward_pre_hook(
+            keep(name + "feed_forward.hidden", inputs=True)
+        )
         layer.feed_forward.register_forward_hook(keep(name + "feed_forward.out"))
         layer.register_forward_hook(keep(name + "out"))
     transformer.norm.register_forward_hook(keep("norm"))
 
-    passed = {"rotary": 0, "softmax": 0, "silu": 0}  # how often each function was called: the layer we are in
+    passed = {
+        "rotary": 0,
+        "softmax": 0,
+        "silu": 0,
+    }  # how often each function was called: the layer we are in
     rotary, functional = meta.apply_rotary_emb, meta.F
 
     def watched_rotary(*arguments, **options):
@@ -245,7 +266,9 @@ def hugging_face_model(weights, params):
     for i in range(params["n_layers"]):
         for ours, name in names.items():
             w = weights[f"layers.{i}.{ours}.weight"]
-            state[f"model.layers.{i}.{name}.weight"] = to_halves(w, heads[ours]) if ours in heads else w
+            state[f"model.layers.{i}.{name}.weight"] = (
+                to_halves(w, heads[ours]) if ours in heads else w
+            )
     theirs.load_state_dict(state, strict=True)
     return theirs
 
@@ -274,13 +297,19 @@ def hugging_face(tokens, weights, params):
         layer.self_attn.q_proj.register_forward_hook(keep(name + "attention.q", H, halves=True))
         layer.self_attn.k_proj.register_forward_hook(keep(name + "attention.k", K, halves=True))
         layer.self_attn.v_proj.register_forward_hook(keep(name + "attention.v", K))
-        layer.self_attn.o_proj.register_forward_pre_hook(keep(name + "attention.heads", H, inputs=True))
+        layer.self_attn.o_proj.register_forward_pre_hook(
+            keep(name + "attention.heads", H, inputs=True)
+        )
         layer.self_attn.o_proj.register_forward_hook(keep(name + "attention.out"))
-        layer.post_attention_layernorm.register_forward_pre_hook(keep(name + "after_attention", inputs=True))
+        layer.post_attention_layernorm.register_forward_pre_hook(
+            keep(name + "after_attention", inputs=True)
+        )
         layer.post_attention_layernorm.register_forward_hook(keep(name + "ffn_norm"))
         layer.mlp.act_fn.register_forward_hook(keep(name + "feed_forward.gate"))
         layer.mlp.up_proj.register_forward_hook(keep(name + "feed_forward.up"))
-        layer.mlp.down_proj.register_forward_pre_hook(keep(name + "feed_forward.hidden", inputs=True))
+        layer.mlp.down_proj.register_forward_pre_hook(
+            keep(name + "feed_forward.hidden", inputs=True)
+        )
         layer.mlp.register_forward_hook(keep(name + "feed_forward.out"))
         layer.register_forward_hook(keep(name + "out"))
     theirs.model.norm.register_forward_hook(keep("norm"))

@@ -2,12 +2,12 @@
 
 import importlib.metadata
 
-import bench
 import pytest
 import torch
 from conftest import ROOT
 
 import llama3_from_scratch as llama
+from tools import bench
 
 TINY = ROOT / "weights/tiny"
 
@@ -50,13 +50,23 @@ def test_who_cannot_take_part_is_named(tmp_path, monkeypatch):
         raise importlib.metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    with pytest.raises(ValueError, match="^llama.cpp is not installed: pip install llama-cpp-python$"):
+    with pytest.raises(
+        ValueError, match="^llama.cpp is not installed: pip install llama-cpp-python$"
+    ):
         bench.main([str(TINY), "--peers", "llama.cpp"])
 
 
 def test_the_table_in_words_and_ratios():
-    row = {"prefill 128": [100, 120], "prefill 512": [90, 80], "tokens": [1, 2, 3], "peak": 1_004_000_000}
-    found = {name: row | {"decode": [4.0 * n, 8.0 * n]} for n, name in enumerate(("eager", "compiled"), 1)}
+    row = {
+        "prefill 128": [100, 120],
+        "prefill 512": [90, 80],
+        "tokens": [1, 2, 3],
+        "peak": 1_004_000_000,
+    }
+    found = {
+        name: row | {"decode": [4.0 * n, 8.0 * n]}
+        for n, name in enumerate(("eager", "compiled"), 1)
+    }
     found["peer"] = row | {"decode": [16.0, 8.0], "tokens": [1, 2, 4], "peak": None}
     lines = list(bench.report_side_by_side(found, [10, 20], 400, 10**9, 10**6, 10**9))
     assert lines[0].startswith("Read bandwidth 15 (10 to 20) GB/s: at most 15 (10 to 20) tokens")

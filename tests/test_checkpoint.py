@@ -9,10 +9,10 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, full_params
-from random_checkpoint import random_checkpoint, random_weights
+from conftest import ROOT, SMALL, full_params, read_params
 
 import llama3_from_scratch as llama
+from tools.random_checkpoint import random_checkpoint, random_weights
 
 RELEASES = {  # facts: dim, layers, heads, multiplier, multiple_of -> F, RoPE factor
     "3-8B": (4096, 32, 32, 1.3, 1024, None, 14336, 8),
@@ -41,26 +41,28 @@ def test_params_of_the_releases(tmp_path, release):
     (tmp_path / "params.json").write_text(
         json.dumps(given | ({} if scaled is None else {"use_scaled_rope": scaled}))
     )
-    params = llama.read_params(tmp_path)
+    params = read_params(tmp_path)
     assert (params["ffn_dim"], params["rope_scaling_factor"]) == (F, factor)
-    assert params["max_seq_len"] == (131072 if scaled else 8192) and params["head_dim"] == dim // heads
+    assert (
+        params["max_seq_len"] == (131072 if scaled else 8192) and params["head_dim"] == dim // heads
+    )
     (tmp_path / "params.json").write_text(json.dumps(given | {"rope_scaling_factor": 5}))
-    assert llama.read_params(tmp_path)["rope_scaling_factor"] == 5  # the file's own word wins
+    assert read_params(tmp_path)["rope_scaling_factor"] == 5  # the file's own word wins
 
 
 def load(folder, **options):
-    shards = {path.name: llama.open_pth(path) for path in llama.meta_files(folder)}
-    return llama.load_weights(shards, llama.read_params(folder), **options)
+    return llama.load_model(folder, **options)[0]
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_shards_are_joined(checkpoint, shards, dtype):
     folder = checkpoint(shards=shards, dtype=dtype, n_kv_heads=8)
-    weights, expected = load(folder), random_weights(llama.read_params(folder), dtype=dtype)
+    weights, expected = load(folder), random_weights(read_params(folder), dtype=dtype)
     assert weights.keys() == expected.keys()
     assert all(
-        torch.equal(weights[name], expected[name]) and weights[name].dtype == dtype for name in weights
+        torch.equal(weights[name], expected[name]) and weights[name].dtype == dtype
+        for name in weights
     )
 
 
@@ -85,16 +87,21 @@ def test_tied_and_missing_heads(checkpoint):
     shard["rope.freqs"] = torch.zeros(4)  # as in Llama 2's files: ignored
     torch.save(shard, folder / "consolidated.00.pth")
     for weights in (shared, load(folder), load(folder, dtype=torch.float32)):
-        assert weights["output.weight"] is weights["tok_embeddings.weight"] and "rope.freqs" not in weights
+        assert (
+            weights["output.weight"] is weights["tok_embeddings.weight"]
+            and "rope.freqs" not in weights
+        )
     assert (
-        load(checkpoint("untied"))["output.weight"] is not load(checkpoint("untied"))["tok_embeddings.weight"]
+        load(checkpoint("untied"))["output.weight"]
+        is not load(checkpoint("untied"))["tok_embeddings.weight"]
     )
 
 
 def test_first_layers_only(checkpoint):
     folder = checkpoint()
-    weights = load(folder, n_layers=1)
-    assert weights.keys() == llama.weight_shapes(llama.read_params(folder) | {"n_layers": 1}).keys()
+    weights, params, _ = llama.load_model(folder, n_layers=1)
+    assert params["n_layers"] == 1
+    assert weights.keys() == llama.weight_shapes(read_params(folder) | {"n_layers": 1}).keys()
 
 
 def test_converting_peaks_at_the_model_plus_one_tensor(tmp_path):
@@ -102,19 +109,24 @@ def test_converting_peaks_at_the_model_plus_one_tensor(tmp_path):
     params = SMALL | {"dim": 1024, "n_layers": 8, "vocab_size": 8192, "n_heads": 8, "n_kv_heads": 8}
     folder = random_checkpoint(tmp_path / "big", params, shards=4)
     code = (
-        f"import sys, torch; sys.path.insert(0, {str(ROOT)!r}); folder = {str(folder)!r};"
-        "import llama3_from_scratch as l; print('ready', flush=True); input();"
-        "shards = {p.name: l.open_pth(p) for p in l.meta_files(l.Path(folder))};"
-        "w = l.load_weights(shards, l.read_params(folder), dtype=torch.float32);"
+        f"import torch; folder = {str(folder)!r};"
+        "import llama3_from_scratch as l; from parts import layouts; print('ready', flush=True); input();"
+        "w, *_ = l.load_model(folder, dtype=torch.float32, quiet=True);"
         "print(sum(t.nbytes for t in w.values()), max(t.nbytes for t in w.values()), flush=True)"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
 
     def anonymous():
         with open(f"/proc/{process.pid}/status") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+            return next(
+                int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon")
+            )
 
     assert process.stdout.readline() == "ready\n"
     before, peak, done = anonymous(), 0, threading.Event()
@@ -141,15 +153,20 @@ def test_converting_peaks_at_the_model_plus_one_tensor(tmp_path):
 
 def test_importing_has_no_side_effect(tmp_path):
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import torch; threads = torch.get_num_threads();"
+        "import torch; threads = torch.get_num_threads();"
         "import llama3_from_scratch as l; assert torch.get_num_threads() == threads;"
         "assert torch.is_grad_enabled();"
         "state = [n for n, v in vars(l).items() if isinstance(v, (list, dict, set)) and n[:2] != '__'];"
-        "assert not state, state"
+        "tables = [n for n in state if n.isupper()]; assert state == tables, state;"
+        "before = {n: repr(vars(l)[n]) for n in tables}; l.complete('Hi', max_new_tokens=2);"
+        "assert before == {n: repr(vars(l)[n]) for n in tables}"  # constants, not state
     )
-    command, env = [sys.executable, "-c", code], os.environ | {"OMP_NUM_THREADS": "2"}  # 1 hides it
+    command = [sys.executable, "-c", code]
+    env = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": str(ROOT)}  # one thread would hide it
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "") and not list(tmp_path.iterdir())
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "") and not list(
+        tmp_path.iterdir()
+    )
 
 
 def test_full_params_are_stable(tmp_path):

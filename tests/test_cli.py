@@ -12,14 +12,13 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, full_params, relative_error, some_tokens
-from random_checkpoint import random_weights
+from conftest import ROOT, SMALL, full_params, read_params, relative_error, some_tokens
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 import llama3_from_scratch as llama
-
-inside = llama.beside("tools/inside.py")
+from parts import commandline, inside
+from tools.random_checkpoint import random_weights
 
 SCRIPT = str(ROOT / "llama3_from_scratch.py")
 
@@ -41,9 +40,14 @@ def test_the_first_command_anyone_runs():
         r"4 of 4 layers, 3.5 M parameters, bfloat16, head not tied, 0.00695 GB on cpu, \d+\.\d s",
         lines[0],
     )
-    assert lines[1].startswith("prompt of 5 tokens:  1024 '<|begin_of_text|>'") and "' upon'" in lines[1]
+    assert (
+        lines[1].startswith("prompt of 5 tokens:  1024 '<|begin_of_text|>'")
+        and "' upon'" in lines[1]
+    )
     assert "layers.0.attention.q             B H T E  1 8 5 32         bfloat16" in lines
-    assert "and the same in the other 3 layers" in lines and not any("layers.2." in line for line in lines)
+    assert "and the same in the other 3 layers" in lines and not any(
+        "layers.2." in line for line in lines
+    )
     assert "logits                           B 1 V    1 1 1280         float32" in lines
     assert any(line.startswith("next: ") and line.count("%") == 5 for line in lines)
     assert re.fullmatch(
@@ -78,7 +82,12 @@ def test_seed_and_sampling_flags(script):
 
     hot = ("--temperature", 1.5)
     assert text(*hot, "--seed", 1) == text(*hot, "--seed", 1) != text(*hot, "--seed", 2)
-    assert text() == text("--temperature", 0) == text(*hot, "--top-k", 1) == text(*hot, "--top-p", 1e-6)
+    assert (
+        text()
+        == text("--temperature", 0)
+        == text(*hot, "--top-k", 1)
+        == text(*hot, "--top-p", 1e-6)
+    )
     assert text(*hot, "--seed", 1, "--top-k", 3) != text(*hot, "--seed", 1)
 
 
@@ -106,7 +115,9 @@ def test_sampling_draws_from_what_it_says():
     assert drawn(temperature=1.0, top_p=p[4] + 0.01).tolist() == near(
         p[0] / (p[0] + p[4]), 0, 0, 0, p[4] / (p[0] + p[4])
     )
-    rows = llama.sample(logits.repeat(4, 1), temperature=1.0, generator=torch.Generator().manual_seed(0))
+    rows = llama.sample(
+        logits.repeat(4, 1), temperature=1.0, generator=torch.Generator().manual_seed(0)
+    )
     assert rows.shape == (4,)
 
 
@@ -116,7 +127,9 @@ def test_layers_and_dtype(script):
     for dtype in ("float32", "float16", "bfloat16"):
         result = script("Hi", "--dtype", dtype, "--max-new-tokens", 1)
         assert result.returncode == 0 and f"parameters, {dtype}," in result.stderr
-        assert f"layers.0.out                     B T D    1 3 256          {dtype}" in result.stderr
+        assert (
+            f"layers.0.out                     B T D    1 3 256          {dtype}" in result.stderr
+        )
 
 
 def test_save_trace_holds_every_tensor(script, tmp_path):
@@ -124,10 +137,15 @@ def test_save_trace_holds_every_tensor(script, tmp_path):
     result = script("The answer", "--save-trace", file, "--max-new-tokens", 1, "--dtype", "float32")
     assert result.returncode == 0 and os.listdir(tmp_path) == ["t.safetensors"]
     trace = load_file(file)
-    params = llama.read_params(ROOT / "weights/tiny")
+    params = read_params(ROOT / "weights/tiny")
     assert len(trace) == 4 + 17 * params["n_layers"] + 2  # and the logit lens
     T = trace["tokens"].shape[1]
-    assert trace["logits"].shape == (1, T, 1280) and trace["layers.3.attention.scores"].shape == (1, 8, T, T)
+    assert trace["logits"].shape == (1, T, 1280) and trace["layers.3.attention.scores"].shape == (
+        1,
+        8,
+        T,
+        T,
+    )
     with safe_open(file, "pt") as opened:
         about = opened.metadata()
     assert (
@@ -138,7 +156,10 @@ def test_save_trace_holds_every_tensor(script, tmp_path):
     assert '"dim": 256' in about["params"]
     weights, _, tokenizer = llama.load_model(ROOT / "weights/tiny", dtype=torch.float32)
     assert relative_error(llama.forward(trace["tokens"], weights, params), trace["logits"]) < 1e-6
-    assert f"{file}: {len(trace)} tensors" in result.stderr and "viewer.html in a browser" in result.stderr
+    assert (
+        f"{file}: {len(trace)} tensors" in result.stderr
+        and "viewer.html in a browser" in result.stderr
+    )
 
     # The logit lens: of the last layer it is the model's own prediction, of an earlier one that of a model
     # which ends there.
@@ -174,10 +195,13 @@ def test_a_character_is_held_back_until_it_is_whole(capsys, monkeypatch):
     said = [tokenizer.encode_single_token(bytes([b])) for b in "a🦙中é!".encode()]
     monkeypatch.setattr(llama, "prefill", lambda *_, **__: torch.zeros(1))
     pieces = []
-    monkeypatch.setattr("builtins.print", lambda *text, file=None, **_: file or pieces.append(text[0]))
-    args = llama.parse_arguments(["x"])
+    monkeypatch.setattr(
+        "builtins.print", lambda *text, file=None, **_: file or pieces.append(text[0])
+    )
+    args = commandline.parse_arguments(["x"])
     model = None, {"max_seq_len": 99}, tokenizer
-    llama.answer([1], None, model, args, lambda *_: iter(said[:-1]), None, "none")
+    how = {"model": model, "args": args, "watched": None, "go_on": lambda *_: iter(said[:-1])}
+    commandline.answer([1], None, 0, "none", **how)
     assert [piece for piece in pieces if piece] == ["a", "🦙", "中", "é"]
 
 
@@ -186,15 +210,24 @@ def test_stops_on_every_stop_token(monkeypatch):
     monkeypatch.setattr(llama, "prefill", lambda *_, **__: torch.zeros(1))
     for name in ("end_of_text", "eot_id", "eom_id"):
         said = [65, llama.special(tokenizer, name), 66]
-        model, args = (None, {"max_seq_len": 99}, tokenizer), llama.parse_arguments(["x"])
-        new = llama.answer([1], None, model, args, lambda *_, said=said: iter(said), None, "none")
+        model, args = (None, {"max_seq_len": 99}, tokenizer), commandline.parse_arguments(["x"])
+        how = {
+            "model": model,
+            "args": args,
+            "watched": None,
+            "go_on": lambda *_, said=said: iter(said),
+        }
+        new = commandline.answer([1], None, 0, "none", **how)
         assert new == said[:2]
 
 
 def test_says_so_when_the_context_is_full(script, checkpoint):
     folder = checkpoint(max_seq_len=20)
     result = script("abc", "--weights", folder, "--show", "none")
-    assert "[the context of 20 tokens is full]" in result.stderr and "decode 16 tokens" in result.stderr
+    assert (
+        "[the context of 20 tokens is full]" in result.stderr
+        and "decode 16 tokens" in result.stderr
+    )
     result = script("a" * 20, "--weights", folder)
     assert (result.returncode, result.stderr.splitlines()[-1]) == (
         2,
@@ -216,7 +249,7 @@ def test_many_tokens_greedy_equal_the_pass_without_a_cache(model):
 def test_a_long_prompt_does_not_need_much_memory(tmp_path):
     """4,096 tokens in one go: the scores alone would take 8 heads x 4096 x 4096 x (4 + 4 + 4) bytes."""
     code = (
-        "import sys, torch; sys.path[:0] = [{root!r}, {root!r} + '/tests']; from conftest import *;"
+        "import torch; from pathlib import Path; from conftest import *;"
         "params = full_params(Path({tmp!r}), n_layers=1); weights = random_weights(params);"
         "tokens = some_tokens(params, B=1, T=4096); cache = llama.make_cache(weights, params, 1, 4096);"
         "llama.prefill(tokens[:, :64], weights, params, cache);"
@@ -228,9 +261,10 @@ def test_a_long_prompt_does_not_need_much_memory(tmp_path):
 
     def peak(call):
         run = subprocess.run(
-            [sys.executable, "-c", code.format(root=str(ROOT), tmp=str(tmp_path), call=call)],
+            [sys.executable, "-c", code.format(tmp=str(tmp_path), call=call)],
             capture_output=True,
             text=True,
+            env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
         )
         assert run.returncode == 0, run.stderr
         return float(run.stdout)
@@ -280,7 +314,9 @@ def test_a_conversation_on_a_terminal_reuses_its_cache():
     second = terminal.until(r"peak memory.*\n> $")
     assert "Ada" in second
     read = [int(re.search(r"prefill (\d+) tokens", text)[1]) for text in (first, second)]
-    assert read[1] < read[0] + 5  # the second turn read its own question, not the conversation again
+    assert (
+        read[1] < read[0] + 5
+    )  # the second turn read its own question, not the conversation again
     terminal.type("\x04")
     assert terminal.ended() == 0
 
@@ -319,23 +355,27 @@ def test_ctrl_c_keeps_what_was_written(checkpoint):
 
 def test_a_closed_pipe_ends_quietly(checkpoint):
     folder = checkpoint(max_seq_len=100_000)
-    command = (
-        f"{sys.executable} {SCRIPT} Hi --weights {folder} --show none --max-new-tokens 90000 | head -c 5"
-    )
+    command = f"{sys.executable} {SCRIPT} Hi --weights {folder} --show none --max-new-tokens 90000 | head -c 5"
     result = subprocess.run(["bash", "-c", command], capture_output=True, timeout=100)
-    assert len(result.stdout) == 5 and b"Traceback" not in result.stderr and b"rror" not in result.stderr
+    assert (
+        len(result.stdout) == 5
+        and b"Traceback" not in result.stderr
+        and b"rror" not in result.stderr
+    )
 
 
 def test_break_at_stops_in_forwards_own_frame():
     commands = "p scores.shape, 'q' in locals(), 'heads' in locals()\np i\nc\n"
-    result = fresh("Hello", "--break-at", "layers.0.attention.scores", "--show", "none", input=commands)
+    result = fresh(
+        "Hello", "--break-at", "layers.0.attention.scores", "--show", "none", input=commands
+    )
     assert result.returncode == 0
     assert re.search(r"llama3_from_scratch.py\(\d+\)forward\(\)\n-> probs = ", result.stdout)
     assert re.search(r"\(torch.Size\(\[1, 8, (\d), \1\]\), True, False\)", result.stdout)
     assert result.stdout.count("(Pdb)") == 3  # once for each command: no second stop
 
 
-def test_break_at_patterns_and_pythonbreakpoint(script, tmp_path):
+def test_break_at_patterns_and_pythonbreakpoint(script, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(
         "import sys\ndef stop():\n    f = sys._getframe(1)\n"
         "    print(f.f_code.co_name, f.f_lineno, f.f_locals.get('i'))\n"
@@ -350,7 +390,7 @@ def test_break_at_patterns_and_pythonbreakpoint(script, tmp_path):
         "--max-new-tokens",
         0,
     )
-    sys.path.insert(0, str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
     result = script("Hello", *flags, env={"PYTHONBREAKPOINT": "mine.stop"})
     lines = (ROOT / "llama3_from_scratch.py").read_text().splitlines()
     stops = [line.split() for line in result.stdout.splitlines()]
@@ -362,10 +402,9 @@ def test_break_at_patterns_and_pythonbreakpoint(script, tmp_path):
 
 def test_chunked_prompt_shows_its_last_chunk(model, capsys):
     params, weights = model()
-    tokenizer = llama.load_tokenizer(ROOT / "weights/tiny/tokenizer.model")
     import functools
 
-    watched = functools.partial(llama.forward, probe=llama.show_shapes("first", params, tokenizer))
+    watched = functools.partial(llama.forward, probe=llama.show_shapes("first", params["n_layers"]))
     cache = llama.make_cache(weights, params, 1, 11)
     llama.prefill(some_tokens(params, B=1), weights, params, cache, watched=watched, most_tokens=4)
     shown = capsys.readouterr().err
@@ -413,7 +452,9 @@ def test_bytes_that_are_no_utf8(script):
     result = script("--show", "none", input=b"\xff\xfe hello")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.splitlines()[-1] == "error: the prompt is not valid UTF-8"
-    run = subprocess.run([sys.executable.encode(), SCRIPT.encode(), b"\xff"], capture_output=True, cwd=ROOT)
+    run = subprocess.run(
+        [sys.executable.encode(), SCRIPT.encode(), b"\xff"], capture_output=True, cwd=ROOT
+    )
     assert run.returncode == 2 and b"error: the prompt is not valid UTF-8" in run.stderr
     assert script(input="").returncode == 2
 
@@ -429,7 +470,9 @@ def test_a_full_disk_leaves_no_half_trace(tmp_path, monkeypatch, model):
 
     monkeypatch.setattr(inside.safetensors, "serialize_file", fail)
     with pytest.raises(ValueError, match="No space left"):
-        inside.save_trace(target, some_tokens(params), (weights, params, tokenizer), {"weights": "x"})
+        inside.save_trace(
+            target, some_tokens(params), (weights, params, tokenizer), {"weights": "x"}
+        )
     assert not list(tmp_path.glob("t.*"))
 
 
@@ -444,7 +487,10 @@ def test_tokenizer_of_another_size(script, checkpoint):
     folder = checkpoint()
     (folder / "tokenizer.model").write_bytes((ROOT / "weights/tiny/tokenizer.model").read_bytes())
     result = script("x", "--weights", folder)
-    assert result.returncode == 2 and "the tokenizer has 1280 tokens, but vocab_size is 512" in result.stderr
+    assert (
+        result.returncode == 2
+        and "the tokenizer has 1280 tokens, but vocab_size is 512" in result.stderr
+    )
 
 
 def test_sharded_checkpoint_says_the_same(script, checkpoint):
@@ -470,11 +516,19 @@ def test_many_prompts(script, tmp_path):
         alone = script(answer["prompt"], *flags)
         assert alone.stdout == answer["text"] + "\n"
         assert answer["finish_reason"] == ("length" if "[cut at" in alone.stderr else "stop")
-    assert answers[0] == answers[33] and {answer["finish_reason"] for answer in answers} == {"length", "stop"}
-    assert script("--prompts", "-", *flags, input="\ufeff" + "\r\n".join(lines)).stdout == result.stdout
+    assert answers[0] == answers[33] and {answer["finish_reason"] for answer in answers} == {
+        "length",
+        "stop",
+    }
+    assert (
+        script("--prompts", "-", *flags, input="\ufeff" + "\r\n".join(lines)).stdout
+        == result.stdout
+    )
     assert len(script("--prompts", "-", *flags, input="a\x0bb\u2028c\nd\n").stdout.split("\n")) == 3
     assert script("--prompts", "-", "--save-trace", "t", input="a").returncode == 2
-    chat = script("--prompts", "-", "--chat", *flags, input="What do llamas eat?\nWhat is 3 plus 4?")
+    chat = script(
+        "--prompts", "-", "--chat", *flags, input="What do llamas eat?\nWhat is 3 plus 4?"
+    )
     assert [json.loads(line)["text"] for line in chat.stdout.splitlines()] == [
         "Llamas eat grass and hay.",
         "3 plus 4 is 7.",
@@ -497,14 +551,21 @@ def test_bad_prompts_are_named(script, checkpoint, content, says):
 def test_a_trace_takes_nobodys_place(script, checkpoint, tmp_path):
     folder = checkpoint()
     os.mkfifo(tmp_path / "pipe")
-    for target in (folder / "consolidated.00.pth", folder / "params.json", tmp_path / "pipe", tmp_path):
+    for target in (
+        folder / "consolidated.00.pth",
+        folder / "params.json",
+        tmp_path / "pipe",
+        tmp_path,
+    ):
         before = sorted(tmp_path.rglob("*"))
         result = script("Hi", "--weights", folder, "--save-trace", target)
         assert result.returncode == 2 and "would take the place of something else" in result.stderr
         assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "link").symlink_to(tmp_path / "real")
     for _ in range(2):  # a trace may take the place of a trace
-        assert script("Hi", "--save-trace", tmp_path / "link", "--max-new-tokens", 0).returncode == 0
+        assert (
+            script("Hi", "--save-trace", tmp_path / "link", "--max-new-tokens", 0).returncode == 0
+        )
     assert (tmp_path / "link").is_symlink() and load_file(tmp_path / "real")
     assert (tmp_path / "real").stat().st_mode & 0o044  # as readable as other new files
 
@@ -515,7 +576,9 @@ def test_a_mistake_does_not_end_a_conversation(checkpoint):
     )
     terminal.until(r"> $")
     terminal.type("a" * 99 + "\n")
-    assert "error: the prompt has 100 tokens, the context only 30" in terminal.until(r"error.*\n> $")
+    assert "error: the prompt has 100 tokens, the context only 30" in terminal.until(
+        r"error.*\n> $"
+    )
     terminal.type("abc\n")
     terminal.until(r"peak memory.*\n> $")
     terminal.type("\x04")
@@ -531,7 +594,9 @@ def test_closed_streams(closed):
 
 
 def test_ctrl_c_before_anything_happened():
-    process = subprocess.Popen([sys.executable, SCRIPT, "Hi"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, "Hi"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     time.sleep(0.3)  # while torch is being imported
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -539,14 +604,28 @@ def test_ctrl_c_before_anything_happened():
 
 
 def test_an_output_that_knows_no_emoji():
-    command = [sys.executable, SCRIPT, "🦙", "--max-new-tokens", "30", "--temperature", "9", "--seed", "1"]
-    result = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    command = [
+        sys.executable,
+        SCRIPT,
+        "🦙",
+        "--max-new-tokens",
+        "30",
+        "--temperature",
+        "9",
+        "--seed",
+        "1",
+    ]
+    result = subprocess.run(
+        command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
+    )
     assert result.returncode == 0 and b"codec" not in result.stderr
 
 
 def test_out_of_memory_is_one_line(script, monkeypatch):
     def fail(*_):
-        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nmore")
+        raise RuntimeError(
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nmore"
+        )
 
     monkeypatch.setattr(llama, "make_cache", fail)
     result = script("Hi")
@@ -566,27 +645,33 @@ def test_random_checkpoint_says_what_does_not_fit(tmp_path):
     tool = str(ROOT / "tools" / "random_checkpoint.py")
     for arguments in (["small", tmp_path / "a", "--shards", "3"], ["small", tmp_path / "b", "--shards", "0"],
                       ["huge", tmp_path / "c"], ["small", SCRIPT], [SCRIPT, tmp_path / "d"]):  # fmt: skip
-        run = subprocess.run([sys.executable, tool, *map(str, arguments)], capture_output=True, text=True)
-        assert run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1, (
-            run.stderr
+        run = subprocess.run(
+            [sys.executable, tool, *map(str, arguments)], capture_output=True, text=True
         )
+        assert (
+            run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+        ), run.stderr
     for shards, files in ((4, 4), (2, 2)):
-        run = subprocess.run([sys.executable, tool, "small", tmp_path / "e", "--shards", str(shards)])
+        run = subprocess.run(
+            [sys.executable, tool, "small", tmp_path / "e", "--shards", str(shards)]
+        )
         assert run.returncode == 0 and len(list((tmp_path / "e").glob("*.pth"))) == files
 
 
 def test_all_of_a_conversation_is_in_its_cache(script, monkeypatch):
     """After three turns, one of them cut short, keys and values are those of one pass over it all."""
-    turns, conversation = [], llama.beside("tools/conversation.py")
+    turns, answer = [], commandline.answer
 
-    def watched(ids, cache, model, *rest):
-        new = llama.answer(ids, cache, model, *rest)
+    def watched(ids, cache, *rest, model, **how):
+        new = answer(ids, cache, *rest, model=model, **how)
         turns.append((ids + new, cache, model))
         return new
 
-    monkeypatch.setattr(conversation, "answer", watched)
+    monkeypatch.setattr(commandline, "answer", watched)
     typed = "Tell me a story.\nMy name is Ada.\nWhat is my name?\n"
-    result = script("--chat", "--dtype", "float32", "--max-new-tokens", 12, input=typed, terminal=True)
+    result = script(
+        "--chat", "--dtype", "float32", "--max-new-tokens", 12, input=typed, terminal=True
+    )
     assert result.returncode == 0 and len(turns) == 3 and "[cut at" in result.stderr
     ids, cache, (weights, params, _) = turns[-1]
     fresh = llama.make_cache(weights, params, 1, len(ids) - 1)
@@ -621,14 +706,16 @@ def test_a_full_conversation_begins_anew(checkpoint, script):
 def test_probes_compose(model, capsys, monkeypatch):
     """Print, record and break in one pass; what one of them changes, the next ones see."""
     params, weights = model()
-    tokenizer = llama.load_tokenizer(ROOT / "weights/tiny/tokenizer.model")
     trace, stops = {}, []
     monkeypatch.setattr(sys, "breakpointhook", lambda: stops.append(len(trace)))
 
     def halved(name, dims, tensor):
         return tensor / 2 if name == "layers.0.attention.heads" else tensor
 
-    shown, stop = llama.show_shapes("all", params, tokenizer), inside.break_at("layers.1.*.scores", "norm")
+    shown, stop = (
+        llama.show_shapes("all", params["n_layers"]),
+        inside.break_at("layers.1.*.scores", "norm"),
+    )
     probe = inside.compose(halved, shown, llama.record(trace), stop)
     logits = llama.forward(some_tokens(params), weights, params, probe=probe)
     assert torch.equal(trace["logits"], logits) and len(trace) == 4 + 17 * params["n_layers"]

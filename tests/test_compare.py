@@ -12,8 +12,7 @@ from mistaken_port import port
 from safetensors.torch import save_file
 
 import llama3_from_scratch as llama
-
-compare = llama.beside("tools/compare.py")
+from tools import compare
 
 SIZES = {
     "dim": 64, "n_layers": 3, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 512, "multiple_of": 32,
@@ -26,18 +25,22 @@ def ported(tmp_path):
     """ported(made, seed=…, **sizes) -> a folder with a model and a port's trace, as a file beside it."""
 
     def make(made=(), seed=0, dtype=torch.float32, change=None, T=40, **sizes):
-        folder = random_checkpoint(tmp_path / "model", SIZES | sizes, dtype=torch.float32, seed=seed)
+        folder = random_checkpoint(
+            tmp_path / "model", SIZES | sizes, dtype=torch.float32, seed=seed
+        )
         weights, params, tokenizer = llama.load_model(folder)
         begin = llama.special(tokenizer, "begin_of_text")
         ids = torch.randint(0, 250, (1, T - 1), generator=torch.Generator().manual_seed(seed))
         tokens = torch.cat([torch.tensor([[begin]]), ids], 1)
         trace = port(tokens, weights, params, made)
         trace = {
-            name: (x.to(dtype) if x.is_floating_point() else x).contiguous() for name, x in trace.items()
+            name: (x.to(dtype) if x.is_floating_point() else x).contiguous()
+            for name, x in trace.items()
         }
         trace = change(trace) if change else trace
         save_file(
-            {name: x.clone().contiguous() for name, x in trace.items()}, tmp_path / "theirs.safetensors"
+            {name: x.clone().contiguous() for name, x in trace.items()},
+            tmp_path / "theirs.safetensors",
         )
         return folder, tmp_path / "theirs.safetensors"
 
@@ -77,7 +80,9 @@ def test_a_right_bfloat16_port_is_not_accused(tmp_path, capsys):
     from references import hugging_face
 
     for seed in (0, 1, 2):
-        folder = random_checkpoint(tmp_path / f"model{seed}", SIZES, dtype=torch.bfloat16, seed=seed)
+        folder = random_checkpoint(
+            tmp_path / f"model{seed}", SIZES, dtype=torch.bfloat16, seed=seed
+        )
         weights, params, tokenizer = llama.load_model(folder)
         ids = torch.randint(0, 250, (1, 39), generator=torch.Generator().manual_seed(seed))
         tokens = torch.cat([torch.tensor([[llama.special(tokenizer, "begin_of_text")]]), ids], 1)
@@ -85,7 +90,8 @@ def test_a_right_bfloat16_port_is_not_accused(tmp_path, capsys):
         held = {name: x.clone().contiguous() for name, x in trace.items()}
         for dtype in (torch.bfloat16, torch.float32):  # also when it was saved in float32
             saved = {
-                n: x.to(dtype) if x.is_floating_point() and n != "logits" else x for n, x in held.items()
+                n: x.to(dtype) if x.is_floating_point() and n != "logits" else x
+                for n, x in held.items()
             }
             save_file(saved | {"tokens": tokens}, tmp_path / "theirs.safetensors")
             code, found = ask(capsys, folder, tmp_path / "theirs.safetensors")
@@ -126,7 +132,8 @@ def test_an_unknown_mistake_is_not_taken_for_rounding(ported, tmp_path, capsys):
     folder, file = ported()
     weights, params, tokenizer = llama.load_model(folder)
     other = {
-        name: weights[re.sub(r"layers\.(\d)", lambda i: f"layers.{2 - int(i[1])}", name)] for name in weights
+        name: weights[re.sub(r"layers\.(\d)", lambda i: f"layers.{2 - int(i[1])}", name)]
+        for name in weights
     }
     tokens = torch.tensor([[llama.special(tokenizer, "begin_of_text"), *range(30)]])
     save_file(
@@ -144,7 +151,9 @@ def laid_out_otherwise(trace):
     for name, x in trace.items():
         part = name.rpartition(".")[2]
         if part in ("q", "q_rotated"):
-            x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2).transpose(1, 2)  # halves, B T H E
+            x = (
+                x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2).transpose(1, 2)
+            )  # halves, B T H E
         elif part in ("k", "k_rotated"):
             x = x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2).repeat_interleave(4, 1)
         elif part == "v":
@@ -176,14 +185,20 @@ def test_layouts_that_do_not_matter_are_recognised(ported, capsys):
 
 def test_other_names_and_a_few_tensors(ported, tmp_path, capsys):
     def change(trace):
-        names = {"model.layers.2.mlp": "layers.2.feed_forward.out", "lm_head": "logits", "tokens": "tokens"}
+        names = {
+            "model.layers.2.mlp": "layers.2.feed_forward.out",
+            "lm_head": "logits",
+            "tokens": "tokens",
+        }
         (tmp_path / "names.json").write_text(json.dumps(names))
         return {theirs: trace[ours] for theirs, ours in names.items()} | {"else": torch.ones(3)}
 
     folder, file = ported(["ReLU in place of SiLU"], change=change)
     code, found = ask(capsys, folder, file, "--map", str(tmp_path / "names.json"))
     assert code == 1 and list(found["tensors"]) == ["layers.2.feed_forward.out", "logits"]
-    assert found["ignored"] == ["else"] and found["steps"][0]["mistakes"][0] == "ReLU in place of SiLU"
+    assert (
+        found["ignored"] == ["else"] and found["steps"][0]["mistakes"][0] == "ReLU in place of SiLU"
+    )
 
 
 @pytest.mark.parametrize("drop, words", [(1, "no BOS"), (-1, "two BOS")])
@@ -194,10 +209,14 @@ def test_begin_of_text(ported, tmp_path, capsys, drop, words):
     ids = [begin, *llama.encode(tokenizer, "Once upon a time")]
     ids = ids[1:] if drop == 1 else [begin, *ids]
     trace = {
-        n: x.float().contiguous() for n, x in port(torch.tensor([ids]), weights, params).items() if "." in n
+        n: x.float().contiguous()
+        for n, x in port(torch.tensor([ids]), weights, params).items()
+        if "." in n
     }
     save_file({name: x.clone() for name, x in trace.items()}, tmp_path / "theirs.safetensors")
-    code, found = ask(capsys, folder, tmp_path / "theirs.safetensors", "--prompt", "Once upon a time")
+    code, found = ask(
+        capsys, folder, tmp_path / "theirs.safetensors", "--prompt", "Once upon a time"
+    )
     assert code == 1 and words in found["tokens"] and found["steps"] == []
 
 
@@ -209,7 +228,10 @@ def bad(trace, **more):
     "change, says",
     [
         (lambda t: bad(t, x=torch.ones(3)), "no tensor has a name that the script traces"),
-        (lambda t: bad(t, norm=torch.ones(1, 40, 32)), "norm has shape (1, 40, 32), expected (1, 40, 64)"),
+        (
+            lambda t: bad(t, norm=torch.ones(1, 40, 32)),
+            "norm has shape (1, 40, 32), expected (1, 40, 64)",
+        ),
         (lambda t: bad(t, norm=torch.full((1, 40, 64), torch.nan)), "norm holds nan at [0, 0, 0]"),
         (lambda t: bad(t, norm=t["norm"] + torch.inf), "norm holds inf at [0, 0, 0]"),
         (
@@ -217,10 +239,19 @@ def bad(trace, **more):
             "norm is torch.int64 (1, 40, 64); real numbers",
         ),
         (lambda t: {"norm": t["norm"]}, "which tokens?"),
-        (lambda t: {"norm": t["norm"], "tokens": torch.ones(1, 0, dtype=torch.int64)}, "expected int64 (T)"),
-        (lambda t: {"norm": t["norm"], "tokens": torch.ones(2, 5, dtype=torch.int64)}, "expected int64 (T)"),
+        (
+            lambda t: {"norm": t["norm"], "tokens": torch.ones(1, 0, dtype=torch.int64)},
+            "expected int64 (T)",
+        ),
+        (
+            lambda t: {"norm": t["norm"], "tokens": torch.ones(2, 5, dtype=torch.int64)},
+            "expected int64 (T)",
+        ),
         (lambda t: {"norm": t["norm"], "tokens": torch.ones(40)}, "expected int64 (T)"),
-        (lambda t: {"norm": t["norm"], "tokens": torch.tensor([[1, 9999]])}, "not those of this model"),
+        (
+            lambda t: {"norm": t["norm"], "tokens": torch.tensor([[1, 9999]])},
+            "not those of this model",
+        ),
     ],
 )
 def test_wrong_files(ported, capsys, change, says):
@@ -260,24 +291,33 @@ def test_the_recipe_for_transformers_in_the_readme(tmp_path, monkeypatch, capsys
     hugging_face_model(weights, params).save_pretrained(tmp_path / "Llama-3.2-1B-hf")
     monkeypatch.chdir(tmp_path)
     begin = str(llama.special(tokenizer, "begin_of_text"))
-    exec(recipe.partition("```")[0].replace("128000, 12805, 5304, 264, 892", f"{begin}, 1, 20, 64, 89"), {})
+    exec(
+        recipe.partition("```")[0].replace(
+            "128000, 12805, 5304, 264, 892", f"{begin}, 1, 20, 64, 89"
+        ),
+        {},
+    )
     code, found = ask(capsys, folder, tmp_path / "theirs.safetensors")
     assert code == 0 and len(found["tensors"]) == 1 + 3 * 10 + 2, found
 
 
 def test_the_recipe_for_metas_reference_in_the_readme(tmp_path, capsys):
     readme = (ROOT / "README.md").read_text()
-    recipe = next(part for part in readme.split("```python\n") if "import ModelArgs" in part).partition(
-        "```"
-    )[0]
+    recipe = next(
+        part for part in readme.split("```python\n") if "import ModelArgs" in part
+    ).partition("```")[0]
     for factor in (8, 32):  # the reference has 8 for every model
         sizes = SIZES | {"rope_scaling_factor": factor}
-        folder = random_checkpoint(tmp_path / str(factor) / "Llama3.1-8B", sizes, dtype=torch.float32)
+        folder = random_checkpoint(
+            tmp_path / str(factor) / "Llama3.1-8B", sizes, dtype=torch.float32
+        )
         _, params, tokenizer = llama.load_model(folder)
         ids = [llama.special(tokenizer, "begin_of_text"), *range(100, 139)]
         here = recipe.replace("128000, 12805, 5304, 264, 892", ", ".join(map(str, ids)))
         # In a process of its own: it starts torch.distributed.
-        subprocess.run([sys.executable, "-c", here], cwd=folder.parent, check=True, capture_output=True)
+        subprocess.run(
+            [sys.executable, "-c", here], cwd=folder.parent, check=True, capture_output=True
+        )
         code, found = ask(capsys, folder, folder.parent / "theirs.safetensors")
         assert len(found["tensors"]) == 1 + 3 * 9 + 2, found
         assert code == (factor == 32) and (
@@ -316,7 +356,9 @@ def test_traces_of_fewer_layers_and_another_factor(script, tmp_path, capsys):
         assert compare.main([str(tmp_path / "t.safetensors")]) == 0
 
 
-@pytest.mark.parametrize("names", [["a"], {"a": "norm", "b": "norm"}, {"a": "layers.0.q"}, {"z": "norm"}])
+@pytest.mark.parametrize(
+    "names", [["a"], {"a": "norm", "b": "norm"}, {"a": "layers.0.q"}, {"z": "norm"}]
+)
 def test_wrong_maps(ported, tmp_path, capsys, names):
     folder, file = ported(change=lambda t: {"a": t["norm"], "b": t["norm"], "tokens": t["tokens"]})
     (tmp_path / "names.json").write_text(json.dumps(names))

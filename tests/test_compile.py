@@ -11,10 +11,12 @@ from conftest import relative_error, some_tokens
 from torch._dynamo.utils import counters
 
 import llama3_from_scratch as llama
+from parts import compiled
+from parts.batch import rows_of
 
-compiled = llama.beside("tools/compiled.py")
 pytestmark = pytest.mark.skipif(
-    not (shutil.which("g++") or os.environ.get("CXX") or os.environ.get("CI")), reason="needs a C++ compiler"
+    not (shutil.which("g++") or os.environ.get("CXX") or os.environ.get("CI")),
+    reason="needs a C++ compiler",
 )
 
 
@@ -36,11 +38,14 @@ def go_on(params, weights, tokens, new, step, leave=None):
     B, T = tokens.shape
     cache = llama.make_cache(weights, params, B)
     logits = llama.prefill(tokens, weights, params, cache)
-    steps = llama.generate(logits, weights, params, cache, torch.full((B,), T), step=step)
-    found, kept = [], None
+    positions, found = torch.full((B,), T), []
     for n in range(new):
-        found.append(steps.send(kept).tolist())
-        kept = [B - 1] if n == leave else None
+        tokens = llama.sample(logits[:, -1])
+        found.append(tokens.tolist())
+        if n == leave:
+            tokens, positions, cache = tokens[-1:], positions[-1:], rows_of(cache, [B - 1])
+        logits = llama.advance(tokens, weights, params, cache, positions, step)
+        positions = positions + 1
     return found
 
 
@@ -63,7 +68,9 @@ def test_compiled_equals_eager_and_compiles_once(model, capsys, monkeypatch):
         assert go_on(params, weights, tokens, new, step) == expected
     assert graphs() - before == 1
     tokens = some_tokens(params, B=1, T=4070)
-    assert go_on(params, weights, tokens, 200, step) == go_on(params, weights, tokens, 200, llama.forward)
+    assert go_on(params, weights, tokens, 200, step) == go_on(
+        params, weights, tokens, 200, llama.forward
+    )
     assert graphs() - before == 2
     assert capsys.readouterr().err.count("compiling the step") == 2
     for B, T, leave in ((3, 7, 150), (5, 20, None), (2, 140, 3)):
@@ -71,7 +78,10 @@ def test_compiled_equals_eager_and_compiles_once(model, capsys, monkeypatch):
         expected = go_on(params, weights, tokens, 200, llama.forward, leave)
         assert go_on(params, weights, tokens, 200, step, leave) == expected
     assert graphs() - before == 3
-    assert products == [(2 * 9 + 1, 0), (2 * 8 + 1, 2)]  # past 4,096 the sums over values stay products
+    assert products == [
+        (2 * 9 + 1, 0),
+        (2 * 8 + 1, 2),
+    ]  # past 4,096 the sums over values stay products
 
 
 def test_compiled_bfloat16_is_no_worse_than_eager(model):
@@ -84,7 +94,9 @@ def test_compiled_bfloat16_is_no_worse_than_eager(model):
     for run in (llama.forward, step):
         cache = llama.make_cache(weights, params, 1, 128)
         llama.prefill(tokens[:, :-1], weights, params, cache)
-        logits = run(tokens[:, -1:], weights, params, cache, torch.tensor([[39]]), torch.tensor([0]))
+        logits = run(
+            tokens[:, -1:], weights, params, cache, torch.tensor([[39]]), torch.tensor([0])
+        )
         errors.append(relative_error(logits[:, -1], reference))
     assert errors[1] < 1.1 * errors[0] < 0.05
 
@@ -120,7 +132,9 @@ def test_rows_of_other_lengths_in_one_process():
         assert torch.equal(project(x, w).long(), x.long() @ w.long().T)
 
 
-@pytest.mark.parametrize("K, G, X, Y", [(3, 4, 64, 384), (3, 4, 384, 64), (1, 16, 100, 7), (2, 1, 33, 64)])
+@pytest.mark.parametrize(
+    "K, G, X, Y", [(3, 4, 64, 384), (3, 4, 384, 64), (1, 16, 100, 7), (2, 1, 33, 64)]
+)
 def test_a_heads_product_as_loops_is_exact(K, G, X, Y):
     """As of scores, of heads, and of odd sizes; keys and values with X or with Y side by side in memory."""
     per_head = looped(lambda a, b: a @ b)
@@ -134,15 +148,21 @@ def test_a_heads_product_as_loops_is_exact(K, G, X, Y):
 def test_which_products_are_loops(G, X, loops, monkeypatch):
     torch._dynamo.reset()
     seen = []
-    monkeypatch.setattr(compiled, "compile_fx", lambda graph, *_, **__: seen.append(graph) or graph.forward)
+    monkeypatch.setattr(
+        compiled, "compile_fx", lambda graph, *_, **__: seen.append(graph) or graph.forward
+    )
     backend = functools.partial(compiled.with_loops, options={})
-    run = torch.compile(lambda a, b: (a @ b, a[:, :1, 0] @ b[0, 0]), backend=backend, fullgraph=True)
+    run = torch.compile(
+        lambda a, b: (a @ b, a[:, :1, 0] @ b[0, 0]), backend=backend, fullgraph=True
+    )
     run(torch.ones(1, 2, G, X), torch.ones(1, 2, X, 8))
     assert len(seen[0].graph.find_nodes(op="call_function", target=compiled.as_loops)) == loops + 1
     assert len(seen[0].graph.find_nodes(op="call_function", target=operator.matmul)) == 1 - loops
 
 
-@pytest.mark.parametrize("heads", [{"n_heads": 4, "n_kv_heads": 1}, {"n_heads": 2, "n_kv_heads": 2}])
+@pytest.mark.parametrize(
+    "heads", [{"n_heads": 4, "n_kv_heads": 1}, {"n_heads": 2, "n_kv_heads": 2}]
+)
 def test_one_key_value_head_and_as_many_as_queries(model, heads):
     params, weights = model(n_layers=1, **heads)
     torch._dynamo.reset()
@@ -161,7 +181,10 @@ def test_command_line(script):
     assert fast.returncode == 0 and fast.stdout == plain.stdout
     assert "compiling the step: " in fast.stderr and "Warning" not in fast.stderr
     many = script("--prompts", "-", *flags[1:], "--compile", input="Once\nThe cat sat\nOne day\n")
-    assert many.stdout == script("--prompts", "-", *flags[1:], input="Once\nThe cat sat\nOne day\n").stdout
+    assert (
+        many.stdout
+        == script("--prompts", "-", *flags[1:], input="Once\nThe cat sat\nOne day\n").stdout
+    )
 
 
 def test_without_a_compiler_there_is_one_line(script):

@@ -6,14 +6,14 @@ import re
 import shlex
 import subprocess
 import sys
-import tomllib
 
 import pytest
+import tomllib
 import torch
 from conftest import ROOT
 from references import float64_loop
 
-import llama3_from_scratch as llama
+from parts import commandline
 
 README = (ROOT / "README.md").read_text()
 SOURCE = (ROOT / "llama3_from_scratch.py").read_text()
@@ -24,13 +24,20 @@ COMMAND = r"^(?:\$ | {4})?(?:python|torchrun .*?) llama3_from_scratch\.py (.*)$"
 
 def test_inline_metadata_equals_requirements():
     block = re.search(r"^# /// script\n(.*?)^# ///$", SOURCE, re.M | re.S)[1]
-    metadata = tomllib.loads("".join(line.removeprefix("# ") for line in block.splitlines(keepends=True)))
+    metadata = tomllib.loads(
+        "".join(line.removeprefix("# ") for line in block.splitlines(keepends=True))
+    )
     assert metadata["dependencies"] == (ROOT / "requirements.txt").read_text().split()
 
 
 def test_imports_only_its_four_packages():
     tree = ast.parse(SOURCE)
-    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import)
+        for alias in node.names
+    }
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     packages = {name.split(".")[0] for name in names} - sys.stdlib_module_names
     assert packages <= {"torch", "tiktoken", "blobfile", "safetensors"}
@@ -48,7 +55,9 @@ def test_house_rules():
     for function in functions:  # every function stands before its use
         for node in ast.walk(function):
             if isinstance(node, ast.Name) and node.id in where:
-                assert where[node.id] <= function.lineno, f"{node.id} is used in {function.name}, above it"
+                assert where[node.id] <= function.lineno, (
+                    f"{node.id} is used in {function.name}, above it"
+                )
 
 
 @pytest.mark.parametrize("text", [README, SOURCE, (ROOT / "weights/README.md").read_text()])
@@ -56,11 +65,14 @@ def test_commands_have_flags_that_exist(text):
     for command in re.findall(COMMAND, text, re.M):
         words = shlex.split(command.split("   ")[0].split(" # ")[0].split(" > ")[0].split(" < ")[0])
         if words != ["--help"]:
-            llama.parse_arguments(words)
+            commandline.parse_arguments(words)
 
 
 def test_links_lead_somewhere():
-    for text, folder in ((README, ROOT), ((ROOT / "weights/README.md").read_text(), ROOT / "weights")):
+    for text, folder in (
+        (README, ROOT),
+        ((ROOT / "weights/README.md").read_text(), ROOT / "weights"),
+    ):
         for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
             path, _, anchor = target.partition("#")
             assert (folder / path).exists(), target
@@ -72,7 +84,9 @@ def test_links_lead_somewhere():
 
 
 def test_pasted_output_is_what_a_run_prints(script):
-    pasted = re.search(r"```\n(/home/you/llama3_from_scratch/weights/tiny: Meta.*?)```", README, re.S)[1]
+    pasted = re.search(
+        r"```\n(/home/you/llama3_from_scratch/weights/tiny: Meta.*?)```", README, re.S
+    )[1]
     result = script("Once upon a time", "--weights", "weights/tiny")
 
     def steady(text):
@@ -80,14 +94,16 @@ def test_pasted_output_is_what_a_run_prints(script):
 
     pasted = pasted.replace("/home/you/llama3_from_scratch/weights", "weights")
     shown = result.stderr.splitlines(keepends=True)
-    assert steady(pasted) == steady("".join(shown[:-1]) + "Once upon a time" + result.stdout + shown[-1])
+    assert steady(pasted) == steady(
+        "".join(shown[:-1]) + "Once upon a time" + result.stdout + shown[-1]
+    )
 
 
 def test_launch_json_is_json():
     (block,) = re.findall(r"^```json\n(.*?)^```", README, re.M | re.S)
     program = json.loads(block)["configurations"][0]
     assert program["program"].endswith("/llama3_from_scratch.py")
-    llama.parse_arguments(program["args"])
+    commandline.parse_arguments(program["args"])
 
 
 def python_blocks():
@@ -97,14 +113,15 @@ def python_blocks():
 def test_python_in_the_readme_runs(tmp_path):
     """As a reader would: pasted into a file. my_port is the float64 loop of these tests."""
     (tmp_path / "my_port.py").write_text(
-        "import sys; sys.path.insert(0, 'tests')\n"
         "import torch, llama3_from_scratch as l\n"
         "from references import float64_loop\n"
         "weights, params, _ = l.load_model('weights/tiny', dtype=torch.float32)\n"
         "my_logits = lambda tokens: float64_loop(tokens, weights, params)['logits'].float()\n"
         "my_queries = lambda tokens: float64_loop(tokens, weights, params)['layers.0.attention.q'].float()\n"
     )
-    blocks = [block for block in python_blocks() if "transformers" not in block]  # that: test_compare.py
+    blocks = [
+        block for block in python_blocks() if "transformers" not in block
+    ]  # that: test_compare.py
     blocks = [block for block in blocks if "fairscale" not in block]
     assert len(blocks) == 3
     blocks[1] = blocks[0] + blocks[1]  # it says "as above"
@@ -119,7 +136,7 @@ def test_python_in_the_readme_runs(tmp_path):
             cwd=ROOT,
             capture_output=True,
             text=True,
-            env={"PYTHONPATH": f"{ROOT}:{tmp_path}", "PATH": ""},
+            env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{tmp_path}", "PATH": ""},
         )
         assert run.returncode == 0, run.stdout + run.stderr
         said = re.findall(r"^print.*  # (.*)", block, re.M)

@@ -1,4 +1,4 @@
-"""weights/layouts.py: every layout becomes Meta's, and nothing broken gets in."""
+"""parts/layouts.py: every layout becomes Meta's, and nothing broken gets in."""
 
 import io
 import json
@@ -13,13 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, SMALL, full_params, relative_error, some_tokens
-from random_checkpoint import made_up_tokenizer, random_weights, write_checkpoint
 from references import hugging_face_model, metas_reference, to_halves
 from safetensors.torch import load_file, save_file
 
 import llama3_from_scratch as llama
-
-layouts = llama.beside("weights/layouts.py")
+from parts import layouts
+from tools.random_checkpoint import made_up_tokenizer, random_weights, write_checkpoint
 
 # ------------------------------------------------------------------------------------ Hugging Face
 
@@ -70,7 +69,15 @@ def test_both_dialects_of_config_json(model, tmp_path, scaled):
     old_dialect(tmp_path / "hf")
     _, old, _ = llama.load_model(tmp_path / "hf")
     for read in (new, old):
-        for key in ("rope_theta", "use_scaled_rope", "dim", "ffn_dim", "head_dim", "norm_eps", "n_kv_heads"):
+        for key in (
+            "rope_theta",
+            "use_scaled_rope",
+            "dim",
+            "ffn_dim",
+            "head_dim",
+            "norm_eps",
+            "n_kv_heads",
+        ):
             assert read[key] == params[key], key
         assert not scaled or read["rope_scaling_factor"] == 4
 
@@ -115,7 +122,9 @@ def test_tokenizer_json_alone_agrees_with_the_tokenizers_library(tmp_path, real_
     assert ours._mergeable_ranks == real._mergeable_ranks and ours.n_vocab == 128256
     for text in TEXTS:
         if "<|" not in text:  # theirs takes special tokens in a text for special
-            assert llama.encode(ours, text) == theirs.encode(text, add_special_tokens=False).ids, text
+            assert llama.encode(ours, text) == theirs.encode(text, add_special_tokens=False).ids, (
+                text
+            )
 
 
 def test_tokenizer_is_looked_for_in_original_too(model, tmp_path):
@@ -158,7 +167,9 @@ def rasbt_model(weights, params):
     for name, w in weights.items():
         layer = re.search(r"\.(\d+)\.", name)
         pattern = (
-            name.removesuffix(".weight").replace(layer[0], ".{}.") if layer else name.removesuffix(".weight")
+            name.removesuffix(".weight").replace(layer[0], ".{}.")
+            if layer
+            else name.removesuffix(".weight")
         )
         kind = name.split(".", 3)[-1]
         state[table[pattern].format(layer and layer[1]) + ".weight"] = (
@@ -234,10 +245,14 @@ def test_metas_names_under_another_files_name_are_refused(checkpoint, script, mo
     assert "is one of Meta's names" in error_of(script, folder / "model.pth")
     params, weights = model()
     save_pretrained(tmp_path / "hf", weights, params)
-    save_file({name: w.clone() for name, w in weights.items()}, tmp_path / "hf" / "model.safetensors")
+    save_file(
+        {name: w.clone() for name, w in weights.items()}, tmp_path / "hf" / "model.safetensors"
+    )
     assert "is one of Meta's names" in error_of(script, tmp_path / "hf")
     (tmp_path / "hf" / "model-v2.safetensors").write_bytes(b"x")
-    assert "not a file of a checkpoint" in error_of(script, tmp_path / "hf" / "model-v2.safetensors")
+    assert "not a file of a checkpoint" in error_of(
+        script, tmp_path / "hf" / "model-v2.safetensors"
+    )
 
 
 def test_a_leftover_params_json_does_not_hide_the_other_layout(model, tmp_path):
@@ -281,11 +296,15 @@ def test_the_script_copied_out_alone_still_reads_metas_layout(checkpoint, tmp_pa
         "--rope-scaling-factor",
         "5",
     ]
-    run = subprocess.run(command, cwd=tmp_path / "alone", capture_output=True, text=True, env={"PATH": ""})
+    run = subprocess.run(
+        command, cwd=tmp_path / "alone", capture_output=True, text=True, env={"PATH": ""}
+    )
     assert run.returncode == 0, run.stderr
     assert "Meta layout, 2 shards, RoPE scaling 5, 3 of 3 layers" in run.stderr
     (folder / "consolidated.00.pth").unlink()
-    run = subprocess.run(command, cwd=tmp_path / "alone", capture_output=True, text=True, env={"PATH": ""})
+    run = subprocess.run(
+        command, cwd=tmp_path / "alone", capture_output=True, text=True, env={"PATH": ""}
+    )
     assert run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
 
 
@@ -298,7 +317,10 @@ def test_the_script_copied_out_alone_still_reads_metas_layout(checkpoint, tmp_pa
         ({"dim": 4096, "n_layers": 32, "use_scaled_rope": False}, "Llama 3 8B, RoPE scaling off"),
         ({"dim": 8192, "n_layers": 80}, "Llama 3.1 or 3.3 70B"),
         ({"dim": 16384, "n_layers": 126}, "Llama 3.1 405B"),
-        ({"dim": 4096, "n_layers": 32, "vocab_size": 32000, "use_scaled_rope": False}, "Llama 2 7B"),
+        (
+            {"dim": 4096, "n_layers": 32, "vocab_size": 32000, "use_scaled_rope": False},
+            "Llama 2 7B",
+        ),
     ],
 )
 def test_guesses_the_release(tmp_path, changes, says):
@@ -328,14 +350,23 @@ def test_405b_with_duplicated_heads(tmp_path):
     folder = write_checkpoint(tmp_path / "mp16", given, weights, shards=16)
     ours, read, _ = llama.load_model(folder, dtype=torch.float32)
     assert relative_error(llama.forward(tokens, ours, read), expected) < 1e-6
-    assert "16 shards" in reported(folder) and "8 key/value heads, each held twice" in reported(folder)
+    assert "16 shards" in reported(folder) and "8 key/value heads, each held twice" in reported(
+        folder
+    )
 
 
 def test_llama_2(tmp_path):
     """No rope_theta, no n_kv_heads, vocab_size -1, embeddings cut on dim 1, rope.freqs, SentencePiece."""
     import sentencepiece
 
-    given = {"dim": 64, "n_layers": 2, "n_heads": 4, "multiple_of": 32, "norm_eps": 1e-05, "vocab_size": -1}
+    given = {
+        "dim": 64,
+        "n_layers": 2,
+        "n_heads": 4,
+        "multiple_of": 32,
+        "norm_eps": 1e-05,
+        "vocab_size": -1,
+    }
     text = (ROOT / "README.md").read_text()
     (tmp_path / "text").write_text(text)
     sentencepiece.SentencePieceTrainer.train(
@@ -368,7 +399,10 @@ def test_llama_2(tmp_path):
     tokens = some_tokens(read)
     full = read | {"ffn_dim_multiplier": None, "multiple_of": 32}
     theirs = metas_reference(tokens, {n: w.float() for n, w in weights.items()}, full)["logits"]
-    assert relative_error(llama.forward(tokens, {n: w.float() for n, w in ours.items()}, read), theirs) < 2e-6
+    assert (
+        relative_error(llama.forward(tokens, {n: w.float() for n, w in ours.items()}, read), theirs)
+        < 2e-6
+    )
     sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "sp.model"))
     for sample in (text[:300], "héllo 🦙 你好"):
         ids = llama.encode(tokenizer, sample)
@@ -415,7 +449,12 @@ def test_remote_folders_are_copied_once(bucket, checkpoint, tmp_path, capsys):
     cache = tmp_path / "cache"
     weights, *_ = llama.load_model("gs://bucket/llama", cache_dir=cache)
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    assert sorted(bucket) == ["consolidated.00.pth", "consolidated.01.pth", "params.json", "tokenizer.model"]
+    assert sorted(bucket) == [
+        "consolidated.00.pth",
+        "consolidated.01.pth",
+        "params.json",
+        "tokenizer.model",
+    ]
     assert re.search(r"gs://bucket/llama \[#+ *\] +\d+% of [\d.]+ GB", capsys.readouterr().err)
     bucket.clear()
     llama.load_model("gs://bucket/llama/", cache_dir=cache)
@@ -444,12 +483,16 @@ def test_an_interrupted_copy_goes_on(bucket, checkpoint, tmp_path, monkeypatch):
     bucket.clear()
     llama.load_model("gs://bucket/llama", cache_dir=tmp_path / "cache")
     assert sorted(bucket) == ["consolidated.01.pth", "params.json", "tokenizer.model"]
-    (tmp_path / "bucket" / "llama" / "consolidated.01.pth").unlink()  # a shard is gone, there and then here
+    (
+        tmp_path / "bucket" / "llama" / "consolidated.01.pth"
+    ).unlink()  # a shard is gone, there and then here
     with pytest.raises(ValueError, match="for 1 of 1 shards"):
         llama.load_model("gs://bucket/llama", cache_dir=tmp_path / "cache")
     assert not list((tmp_path / "cache").rglob("*01.pth*"))
     checkpoint(name="bucket/llama", shards=2)
-    assert "2 shards" in reported("gs://bucket/llama/consolidated.00.pth", cache_dir=tmp_path / "cache")
+    assert "2 shards" in reported(
+        "gs://bucket/llama/consolidated.00.pth", cache_dir=tmp_path / "cache"
+    )
     with pytest.raises(ValueError, match="gs://bucket/nothing"):
         llama.load_model("gs://bucket/nothing", cache_dir=tmp_path / "cache")
 
@@ -464,7 +507,8 @@ def test_too_large_a_model_is_refused_before_it_is_loaded(checkpoint, script, mo
     result = script("Hi", "--weights", folder, "--dtype", "float32")
     assert (
         result.returncode == 2
-        and "GB of weights and 0.0 GB of cache are more than the 0.0 GB that are free" in result.stderr
+        and "GB of weights and 0.0 GB of cache are more than the 0.0 GB that are free"
+        in result.stderr
     )
     monkeypatch.undo()
     monkeypatch.setattr(layouts, "free_memory", lambda device: 500_000)
@@ -519,7 +563,9 @@ def tensors(change):
 
 
 def without(key):
-    return lambda d: (d / "params.json").write_text(json.dumps({k: v for k, v in SMALL.items() if k != key}))
+    return lambda d: (d / "params.json").write_text(
+        json.dumps({k: v for k, v in SMALL.items() if k != key})
+    )
 
 
 WK = "layers.1.attention.wk.weight"
@@ -606,7 +652,10 @@ SHARDS_DAMAGE = {
         "consolidated.02.pth: no such file",
     ),
     "end": (lambda d: (d / "consolidated.03.pth").unlink(), "for 1 of 3 shards"),
-    "cut": (lambda d: cut(d / "consolidated.01.pth"), "consolidated.01.pth: expected a PyTorch checkpoint"),
+    "cut": (
+        lambda d: cut(d / "consolidated.01.pth"),
+        "consolidated.01.pth: expected a PyTorch checkpoint",
+    ),
     "twice": (
         lambda d: shutil.copy(d / "consolidated.03.pth", d / "consolidated.04.pth"),
         "for 1 of 5 shards",
@@ -753,7 +802,9 @@ def test_weights_that_are_no_numbers_are_named(checkpoint, script, name, value):
     tensors(lambda s: s[name].view(-1)[3:4].fill_(value))(folder)
     result = script("Hi", "--weights", folder, "--show", "none")
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.splitlines()[-1].startswith(f"error: {name} holds a number that is not finite")
+    assert result.stderr.splitlines()[-1].startswith(
+        f"error: {name} holds a number that is not finite"
+    )
 
 
 @pytest.mark.parametrize("prompt", ["   ", "a\0b", "<|eot_id|><|begin_of_text|>", "a" * 1000])

@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import ROOT, SMALL
 from fake_hub import fake_hub
-from random_checkpoint import random_checkpoint
+
+from tools.random_checkpoint import random_checkpoint
 
 META, RASBT = "meta-llama/Llama-3.2-1B", "rasbt/llama-3.2-from-scratch"
 # huggingface_hub writes blocks of 10 MiB, so a file has to be larger for a part of it to be kept: 21 MB
@@ -32,7 +33,9 @@ def rasbts_files(folder, params):
     weights, renamed = torch.load(folder / "consolidated.00.pth"), {}
     for name, w in weights.items():
         number = name.split(".")[1] if name.startswith("layers.") else ""
-        pattern = name.removesuffix(".weight").replace(f".{number}.", ".{}.") if number else name[:-7]
+        pattern = (
+            name.removesuffix(".weight").replace(f".{number}.", ".{}.") if number else name[:-7]
+        )
         (theirs,) = (names[RASBT] for names in NAMES if names[META] == pattern)
         renamed[f"{theirs.format(number)}.weight"] = w
     torch.save(renamed, folder / "all.pth")
@@ -49,7 +52,11 @@ def rasbts_files(folder, params):
 def repos(tmp_path_factory):
     """What the hub holds: small and random, under the names of the real ones."""
     make = tmp_path_factory.mktemp("repos")
-    others = {"config.json": b"{}", "model.safetensors": b"x" * 9999, "original/mp2/params.json": b"{}"}
+    others = {
+        "config.json": b"{}",
+        "model.safetensors": b"x" * 9999,
+        "original/mp2/params.json": b"{}",
+    }
     broken = files_of(random_checkpoint(make / "broken", SMALL))
     shard = torch.load(make / "broken" / "consolidated.00.pth")
     shard["layers.1.attention.wk.weight"] = torch.ones(3, 4)
@@ -58,7 +65,8 @@ def repos(tmp_path_factory):
     return {
         META: files_of(random_checkpoint(make / "large", LARGE)) | others,
         RASBT: rasbts_files(make / "rasbt", SMALL) | {"README.md": b"hello"},
-        "meta-llama/Llama-3.1-70B-Instruct": files_of(random_checkpoint(make / "sharded", SMALL, 2)) | others,
+        "meta-llama/Llama-3.1-70B-Instruct": files_of(random_checkpoint(make / "sharded", SMALL, 2))
+        | others,
         "meta-llama/Llama-3.1-8B-Instruct": files_of(random_checkpoint(make / "small", SMALL)),
         "meta-llama/Llama-3.2-3B": broken,
         "meta-llama/Llama-3.1-8B": {"README.md": b"moved"},
@@ -84,7 +92,7 @@ def start(tmp_path, request):
         home = {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": url}
         script = [str(ROOT / "weights" / "download.py")]
         if before:
-            run = f"import sys; sys.path.insert(0, {str(ROOT / 'weights')!r}); {before}; import download"
+            run = f"import sys; {before}; from weights import download"
             script = ["-c", f"{run}; sys.exit(download.main())"]
         started.append(
             subprocess.Popen(
@@ -184,15 +192,22 @@ def test_rasbts_one_file_and_tokenizer(hub, download, script, tmp_path):
     result = download("llama3.2-1b-base", "--to", folder)  # as on the hub, or in small letters
     assert result.returncode == 0, result.stderr
     files = hub.repos[RASBT]
-    assert content_of(folder) == {name: files[name] for name in ("llama3.2-1B-base.pth", "tokenizer.model")}
+    assert content_of(folder) == {
+        name: files[name] for name in ("llama3.2-1B-base.pth", "tokenizer.model")
+    }
     assert "LLMs-from-scratch" in result.stderr
     assert runs(script, result) == ["Hello", "--weights", str(folder)]
-    assert not [path for _, path, _ in hub.requests if path.endswith(("3B-instruct.pth", "README.md"))]
+    assert not [
+        path for _, path, _ in hub.requests if path.endswith(("3B-instruct.pth", "README.md"))
+    ]
 
 
 @pytest.mark.parametrize(
     "token, says",
-    [({}, "401: Please log in"), ({"HF_TOKEN": "hf_other"}, "403: Access to this model is restricted")],
+    [
+        ({}, "401: Please log in"),
+        ({"HF_TOKEN": "hf_other"}, "403: Access to this model is restricted"),
+    ],
 )
 def test_no_access(hub, download, tmp_path, token, says):
     result = download("Llama-3.1-70B-Instruct", "--to", tmp_path / "to", **token)
@@ -259,7 +274,9 @@ def test_files_that_cannot_be_used(hub, download, tmp_path):
 
 def test_no_network(download, tmp_path):
     url = closed_port()
-    lines = refused(download("Llama-3.2-1B", "--to", tmp_path / "to", url=url), META, "cannot be reached")
+    lines = refused(
+        download("Llama-3.2-1B", "--to", tmp_path / "to", url=url), META, "cannot be reached"
+    )
     assert len(lines) == 1 and not (tmp_path / "to").exists()
 
 
@@ -270,24 +287,36 @@ def test_a_page_instead_of_a_hub(hub, download, tmp_path):
 
 def test_files_that_are_gone(download, tmp_path):
     refused(
-        download("Llama-3.1-8B", "--to", tmp_path / "to"), "meta-llama/Llama-3.1-8B", "not there any more"
+        download("Llama-3.1-8B", "--to", tmp_path / "to"),
+        "meta-llama/Llama-3.1-8B",
+        "not there any more",
     )
 
 
 def test_a_repository_that_is_gone(download, tmp_path):
-    refused(download("Llama-3.2-3B-Instruct", "--to", tmp_path / "to"), "huggingface.co/meta-llama", "401")
+    refused(
+        download("Llama-3.2-3B-Instruct", "--to", tmp_path / "to"),
+        "huggingface.co/meta-llama",
+        "401",
+    )
 
 
 def test_no_space(hub, download, tmp_path):
     full = "import shutil, types; shutil.disk_usage = lambda path: types.SimpleNamespace(free=20_000_000)"
-    lines = refused(download("Llama-3.2-1B", "--to", tmp_path / "to", before=full), "0.0 GB are free", "--to")
+    lines = refused(
+        download("Llama-3.2-1B", "--to", tmp_path / "to", before=full), "0.0 GB are free", "--to"
+    )
     assert len(lines) == 1 and not (tmp_path / "to").exists() and ranges(hub) == []
 
 
 def test_list(download):
     result = download("--list", url=closed_port())
     head, *lines = result.stdout.splitlines()
-    assert (result.returncode, result.stderr) == (0, "") and head.split() == ["NAME", "GB", "access"]
+    assert (result.returncode, result.stderr) == (0, "") and head.split() == [
+        "NAME",
+        "GB",
+        "access",
+    ]
     rows = {line.split()[0]: line for line in lines}
     sizes = {"1B": "2.5", "3B": "6.4", "8B": "16.1", "70B": "141"}
     for release, kinds, shapes in (
@@ -321,7 +350,7 @@ def test_list(download):
     ],
 )
 def test_what_the_user_mistypes(capfd, arguments, says):
-    import download
+    from weights import download
 
     assert download.main([*map(str, arguments)]) == 2
     out, err = capfd.readouterr()
@@ -335,11 +364,18 @@ def test_without_huggingface_hub(download, tmp_path):
 
 
 def test_the_default_folder_is_one_that_git_ignores():
-    import download
+    from weights import download
 
-    assert download.short(ROOT / "weights" / "Llama-3.2-1B").parts[-2:] == ("weights", "Llama-3.2-1B")
+    assert download.short(ROOT / "weights" / "Llama-3.2-1B").parts[-2:] == (
+        "weights",
+        "Llama-3.2-1B",
+    )
     ignored = subprocess.run(
-        ["git", "check-ignore", *(f"weights/{name}/consolidated.00.pth" for name in download.MODELS)],
+        [
+            "git",
+            "check-ignore",
+            *(f"weights/{name}/consolidated.00.pth" for name in download.MODELS),
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,

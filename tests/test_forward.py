@@ -10,6 +10,8 @@ from references import float64_loop, hugging_face, metas_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama3_from_scratch as llama
+from parts.batch import rows_of
+from parts.eager import one_token_step, without_onednn
 
 SHAPES = {  # changes to SMALL
     "grouped": {},
@@ -40,7 +42,9 @@ def test_every_tensor_equals_the_reference(model, shape, reference):
     tokens = some_tokens(params)
     ours, theirs = traced(tokens, weights, params), reference(tokens, weights, params)
     assert ours.keys() == theirs.keys()
-    bar = 1e-6 if reference is float64_loop else 2e-6  # two float32 results may stray to opposite sides
+    bar = (
+        1e-6 if reference is float64_loop else 2e-6
+    )  # two float32 results may stray to opposite sides
     for name in ours:
         assert relative_error(ours[name], theirs[name]) < bar, name
 
@@ -64,8 +68,14 @@ def test_bfloat16_tensors_equal_metas(model):
     for name in ours:
         assert ours[name].dtype == theirs[name].dtype, name
         assert relative_error(ours[name], theirs[name]) < 1e-2, name
-    for name in ("layers.0.attention_norm", "layers.0.attention.q_rotated", "layers.0.attention.k_rotated"):
-        assert torch.equal(ours[name], theirs[name]), name  # where the casts stand decides the last bit
+    for name in (
+        "layers.0.attention_norm",
+        "layers.0.attention.q_rotated",
+        "layers.0.attention.k_rotated",
+    ):
+        assert torch.equal(ours[name], theirs[name]), (
+            name
+        )  # where the casts stand decides the last bit
 
 
 def test_rope_turns_are_metas_to_the_last_bit(model):
@@ -87,7 +97,9 @@ def test_positions_past_8192_with_scaling(model, factor):
     for name in ("layers.0.attention.q_rotated", "layers.0.attention.k_rotated", "logits"):
         assert relative_error(ours[name], exact[name]) < 1e-6, name
     other = float64_loop(tokens, weights, params | {"rope_scaling_factor": 40 - factor}, positions)
-    assert relative_error(ours["logits"], other["logits"]) > 1e-4  # 8 where 32 belongs would have been seen
+    assert (
+        relative_error(ours["logits"], other["logits"]) > 1e-4
+    )  # 8 where 32 belongs would have been seen
 
 
 def test_late_positions_equal_transformers(model):
@@ -99,9 +111,14 @@ def test_late_positions_equal_transformers(model):
     cos, sin = hugging_face_model(weights, params).model.rotary_emb(q, positions)
     theirs = from_halves(apply_rotary_pos_emb(q, q, cos, sin)[0])
     ours = llama.rotate(from_halves(q), llama.rope_turns(positions, params))
-    assert relative_error(ours, theirs) < 2e-3  # transformers' frequencies differ in the last float32 bit
+    assert (
+        relative_error(ours, theirs) < 2e-3
+    )  # transformers' frequencies differ in the last float32 bit
     params["rope_scaling_factor"] = 8
-    assert relative_error(llama.rotate(from_halves(q), llama.rope_turns(positions, params)), theirs) > 0.1
+    assert (
+        relative_error(llama.rotate(from_halves(q), llama.rope_turns(positions, params)), theirs)
+        > 0.1
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 10, 11])
@@ -109,10 +126,16 @@ def test_cached_and_chunked_equal_whole(model, shape, chunk):
     params, weights = model(**shape)
     tokens = some_tokens(params, B=2, T=11)
     whole = llama.forward(tokens, weights, params)
-    cache = llama.make_cache(weights, params, B=2, S=16)  # larger than needed: what is empty must not be seen
+    cache = llama.make_cache(
+        weights, params, B=2, S=16
+    )  # larger than needed: what is empty must not be seen
     parts = [
         llama.forward(
-            tokens[:, a : a + chunk], weights, params, cache, torch.arange(a, min(a + chunk, 11))[None]
+            tokens[:, a : a + chunk],
+            weights,
+            params,
+            cache,
+            torch.arange(a, min(a + chunk, 11))[None],
         )
         for a in range(0, 11, chunk)
     ]
@@ -143,7 +166,9 @@ def test_rows_may_stand_at_different_positions(model):
     new = some_tokens(params, B=2, T=1, seed=9)
     logits = llama.forward(new, weights, params, cache, torch.tensor(lengths)[:, None])
     for row, length in enumerate(lengths):
-        alone = llama.forward(torch.cat([tokens[row, :length], new[row]])[None], weights, params)[:, -1:]
+        alone = llama.forward(torch.cat([tokens[row, :length], new[row]])[None], weights, params)[
+            :, -1:
+        ]
         assert relative_error(logits[row : row + 1], alone) < 1e-6
 
 
@@ -224,7 +249,7 @@ def test_one_token_goes_without_onednn(B, T, enabled, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
     seen, x, w = [], torch.randn(B, T, 8), torch.randn(3, 5, 8)
     with WhileMultiplying(lambda: seen.append(torch.backends.mkldnn.enabled)):
-        y = llama.project(x, w)
+        y = without_onednn(x, w)
     assert seen == [enabled and B * T > 1] and torch.backends.mkldnn.enabled == enabled
     torch.testing.assert_close(y, torch.einsum("btd,hed->bhte", x, w))
 
@@ -235,14 +260,16 @@ def test_onednn_is_back_after_an_interrupt():
 
     assert torch.backends.mkldnn.enabled
     with pytest.raises(KeyboardInterrupt), WhileMultiplying(interrupt):
-        llama.project(torch.randn(1, 1, 8), torch.randn(5, 8))
+        without_onednn(torch.randn(1, 1, 8), torch.randn(5, 8))
     assert torch.backends.mkldnn.enabled
 
 
 def test_onednn_is_back_after_two_threads():
     x, w = torch.randn(1, 1, 512).bfloat16(), torch.randn(2048, 512).bfloat16()
     for _ in range(20):
-        threads = [threading.Thread(target=lambda: [llama.project(x, w) for _ in range(50)]) for _ in "ab"]
+        threads = [
+            threading.Thread(target=lambda: [without_onednn(x, w) for _ in range(50)]) for _ in "ab"
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -253,7 +280,7 @@ def test_onednn_is_back_after_two_threads():
 def test_one_tokens_product_is_one_graph():
     x, w = torch.randn(1, 1, 8), torch.randn(3, 5, 8)
     project = torch.compile(llama.project, fullgraph=True, backend="eager")
-    torch.testing.assert_close(project(x, w), llama.project(x, w))
+    torch.testing.assert_close(project(x, w), without_onednn(x, w))
 
 
 @pytest.mark.parametrize("dtype, bar", [(torch.bfloat16, 3e-3), (torch.float16, 4e-4)])
@@ -261,7 +288,7 @@ def test_one_tokens_product_is_one_graph():
 def test_one_tokens_product_is_as_exact_without_onednn(dtype, bar, D):
     torch.manual_seed(D)
     x, w = torch.randn(1, 1, D).to(dtype), torch.randn(100, D).to(dtype)
-    assert relative_error(llama.project(x, w), x.double() @ w.double().T) < bar
+    assert relative_error(without_onednn(x, w), x.double() @ w.double().T) < bar
 
 
 def test_sees_through_torch_compile(model):
@@ -285,16 +312,20 @@ def test_rows_of_different_lengths_run_together(model):
         alone.append([int(next(steps)) for _ in range(31)])
     for most_tokens in (None, 5 * 4):
         cache = llama.make_cache(weights, params, 5)
-        logits = llama.prefill(tokens, weights, params, cache, lengths=lengths, most_tokens=most_tokens)
-        steps = llama.generate(logits, weights, params, cache, lengths)
-        rows, new, keep = list(range(5)), [[] for _ in prompts], None
+        logits = llama.prefill(
+            tokens, weights, params, cache, lengths=lengths, most_tokens=most_tokens
+        )
+        rows, new, positions = list(range(5)), [[] for _ in prompts], lengths
         for n in range(30):
-            for row, token in zip(rows, steps.send(keep).tolist()):
+            chosen = llama.sample(logits[:, -1])
+            for row, token in zip(rows, chosen.tolist()):
                 new[row].append(token)
-            keep = None
             if n in (4, 9, 20):  # a row leaves: first, last, and one between
                 gone = {4: 0, 9: 4, 20: 2}[n]
                 keep = [at for at, row in enumerate(rows) if row != gone]
                 rows = [row for row in rows if row != gone]
+                chosen, positions, cache = chosen[keep], positions[keep], rows_of(cache, keep)
+            logits = llama.advance(chosen, weights, params, cache, positions, one_token_step)
+            positions = positions + 1
         assert [len(out) for out in new] == [5, 30, 21, 30, 10]
         assert all(out == alone[row][: len(out)] for row, out in enumerate(new))

@@ -15,24 +15,36 @@ import torch
 from conftest import SMALL
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from random_checkpoint import random_checkpoint
 from references import float64_loop
 from safetensors.torch import load_file
 
 import llama3_from_scratch as llama
-
-layouts = llama.beside("weights/layouts.py")
+from parts import layouts
+from tools.random_checkpoint import random_checkpoint
 
 EXAMPLES = int(os.environ.get("FUZZ", 2000))
-TINY = SMALL | {"dim": 16, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 512, "multiple_of": 8}
+TINY = SMALL | {
+    "dim": 16,
+    "n_layers": 1,
+    "n_heads": 2,
+    "n_kv_heads": 1,
+    "vocab_size": 512,
+    "multiple_of": 8,
+}
 WIDE = TINY | {"dim": 512, "multiple_of": 8192}
 
 place = st.floats(0, 1, exclude_max=True)  # where in a file, as a fraction of its size
 mutations = st.one_of(
-    st.tuples(st.just("flip"), st.lists(st.tuples(place, st.integers(1, 255)), min_size=1, max_size=4)),
+    st.tuples(
+        st.just("flip"), st.lists(st.tuples(place, st.integers(1, 255)), min_size=1, max_size=4)
+    ),
     st.tuples(
         st.just("set"),
-        st.lists(st.tuples(place, st.sampled_from(b'\0\xff0123456789-."{}[], \n')), min_size=1, max_size=3),
+        st.lists(
+            st.tuples(place, st.sampled_from(b'\0\xff0123456789-."{}[], \n')),
+            min_size=1,
+            max_size=3,
+        ),
     ),
     st.tuples(st.just("cut"), place),
     st.tuples(st.just("remove"), place, st.integers(1, 64)),
@@ -71,7 +83,9 @@ def hugging_face_folder(folder, sizes):
     from test_door import save_pretrained
 
     params = llama.fill_params(sizes)
-    weights = llama.load_model(random_checkpoint(folder.with_name("meta"), sizes, dtype=torch.float32))[0]
+    weights = llama.load_model(
+        random_checkpoint(folder.with_name("meta"), sizes, dtype=torch.float32)
+    )[0]
     save_pretrained(folder, weights, params, shard_size="20KB")
 
 
@@ -95,7 +109,9 @@ def independent_logits(folder, tokens):
         weights |= load_file(file)
     convert = layouts.rows_in_pairs(params)
     weights = layouts.metas_names(weights, layouts.HUGGING_FACE)
-    return float64_loop(tokens, {name: convert(name, w) for name, w in weights.items()}, params)["logits"]
+    return float64_loop(tokens, {name: convert(name, w) for name, w in weights.items()}, params)[
+        "logits"
+    ]
 
 
 def memory(which):
@@ -133,7 +149,9 @@ def attempt(folder, tokens):
     return "right"
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="memory is measured as Linux does")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/clear_refs"), reason="memory is measured as Linux does"
+)
 @pytest.mark.parametrize("make", [meta_folder, hugging_face_folder])
 @pytest.mark.parametrize("sizes, part", [(TINY, 2), (WIDE, 50)], ids=["100 kB", "50 MB"])
 def test_every_mutation_ends_well(tmp_path, make, sizes, part, capsys):
@@ -162,5 +180,6 @@ def test_every_mutation_ends_well(tmp_path, make, sizes, part, capsys):
         for (name, outcome), count in sorted(outcomes.items()):
             print(f"\n{name:36} {outcome:6} {count}", end="")
     assert (
-        sum(count for (_, outcome), count in outcomes.items() if outcome == "error") > EXAMPLES // part // 4
+        sum(count for (_, outcome), count in outcomes.items() if outcome == "error")
+        > EXAMPLES // part // 4
     )

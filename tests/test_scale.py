@@ -3,9 +3,7 @@
 import pytest
 from conftest import ROOT
 
-import llama3_from_scratch as llama
-
-scale = llama.beside("tools/scale.py")
+from tools import scale
 
 
 def test_the_page_is_the_program_s():

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import ROOT, relative_error
+from conftest import ROOT, read_params, relative_error
 from safetensors.torch import load_file
 
 import llama3_from_scratch as llama
@@ -38,7 +38,9 @@ def test_golden_logits(tiny):
     golden = load_file(ROOT / "tests" / "golden_tiny.safetensors")
     ids = [llama.special(tokenizer, "begin_of_text"), *llama.encode(tokenizer, FAMOUS)]
     assert golden["tokens"].tolist() == [ids]
-    logits = llama.forward(golden["tokens"], {name: w.float() for name, w in weights.items()}, params)
+    logits = llama.forward(
+        golden["tokens"], {name: w.float() for name, w in weights.items()}, params
+    )
     assert relative_error(logits, golden["logits"]) < 1e-5
     assert (
         relative_error(llama.forward(golden["tokens"], weights, params), golden["logits"]) < 3e-2
@@ -65,8 +67,13 @@ def test_other_beginnings_end_by_themselves(script, prompt):
 
 
 def test_copies_a_name_it_has_never_seen(script):
-    assert "Nice to meet you, Zuvik!" in script("--chat", "My name is Zuvik.", "--show", "none").stdout
-    assert "Bemu" in script("--chat", "Tell me a story about a fox named Bemu.", "--show", "none").stdout
+    assert (
+        "Nice to meet you, Zuvik!" in script("--chat", "My name is Zuvik.", "--show", "none").stdout
+    )
+    assert (
+        "Bemu"
+        in script("--chat", "Tell me a story about a fox named Bemu.", "--show", "none").stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -90,13 +97,13 @@ def test_knows(script, flags, says):
 
 def test_the_training_loop_learns(tmp_path):
     """Twenty steps of weights/train_tiny.py's own loss, on a smaller model, go down."""
-    import train_tiny
+    from weights import train_tiny
 
     tokenizer = llama.load_tokenizer(TINY / "tokenizer.model")
     (tmp_path / "params.json").write_text(
         '{"dim": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "vocab_size": 1280}'
     )
-    params = llama.read_params(tmp_path)
+    params = read_params(tmp_path)
     weights = train_tiny.initial_weights(params, seed=0)
     optimizer = torch.optim.AdamW(weights.values(), lr=1e-2)
     batches, losses = train_tiny.batches(tokenizer, seed=1, rows=4), []

@@ -5,11 +5,11 @@ import time
 
 import pytest
 from conftest import ROOT, SMALL
-from random_checkpoint import made_up_tokenizer
 
 import llama3_from_scratch as llama
-
-turn_ids = llama.beside("tools/conversation.py").turn_ids
+from parts import commandline
+from parts.conversation import turn_ids
+from tools.random_checkpoint import made_up_tokenizer
 
 TEXTS = [
     "Hello, world!",
@@ -143,7 +143,7 @@ def test_bad_files_say_so(tmp_path, content, says):
 
 
 def args(**changes):
-    return llama.parse_arguments(
+    return commandline.parse_arguments(
         [
             "--weights",
             "x",
@@ -159,7 +159,9 @@ def args(**changes):
 def test_exactly_one_begin_of_text(real):
     assert turn_ids("<|begin_of_text|>Hi", [], real, args(), 9999).count(128000) == 1
     said = turn_ids("Hi", [], real, args(chat=True, system="Be brief."), 9999)
-    again = turn_ids("Hi again", said + [9906, 128009], real, args(chat=True, system="Be brief."), 9999)
+    again = turn_ids(
+        "Hi again", said + [9906, 128009], real, args(chat=True, system="Be brief."), 9999
+    )
     assert said.count(128000) == again.count(128000) == 1 and said[0] == again[0] == 128000
 
 
@@ -181,8 +183,12 @@ def test_chat_format_equals_metas(real, metas):
             ours = turn_ids(question, [], real, args(**options), 9999)
             assert ours == meta(*opening, ("user", question))
             answer = llama.encode(real, "An answer.")
-            expected = meta(*opening, ("user", question), ("assistant", "An answer."), ("user", "And?"))
-            assert turn_ids("And?", ours + answer + [128009], real, args(**options), 9999) == expected
+            expected = meta(
+                *opening, ("user", question), ("assistant", "An answer."), ("user", "And?")
+            )
+            assert (
+                turn_ids("And?", ours + answer + [128009], real, args(**options), 9999) == expected
+            )
             assert (
                 turn_ids("And?", ours + answer, real, args(**options), 9999) == expected
             )  # cut short: closed

@@ -17,13 +17,16 @@ from safetensors.torch import load_file, save_file
 import llama3_from_scratch as llama
 
 VIEWER = (ROOT / "tools/viewer.html").as_uri()
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 QUIET += " --disable-component-update --disable-sync"
 PROMPT = "the answer to the ultimate question of life, the universe"
 
 pytestmark = pytest.mark.skipif(
-    CHROMIUM is None and not os.environ.get("CI"), reason="needs Chromium (Debian: apt install chromium)"
+    CHROMIUM is None and not os.environ.get("CI"),
+    reason="needs Chromium (Debian: apt install chromium)",
 )
 
 
@@ -47,7 +50,8 @@ def page(browser):
     page.on(
         "request",
         lambda request: (
-            request.url.startswith(("file:", "data:", "http://127.0.0.1")) or wrong.append(request.url)
+            request.url.startswith(("file:", "data:", "http://127.0.0.1"))
+            or wrong.append(request.url)
         ),
     )
     yield page
@@ -61,7 +65,16 @@ def trace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("traces")
     for dtype in ("float32", "bfloat16"):
         file = folder / f"{dtype}.safetensors"
-        flags = ["--save-trace", str(file), "--dtype", dtype, "--max-new-tokens", "0", "--show", "none"]
+        flags = [
+            "--save-trace",
+            str(file),
+            "--dtype",
+            dtype,
+            "--max-new-tokens",
+            "0",
+            "--show",
+            "none",
+        ]
         assert llama.main([PROMPT, *flags]) == 0
     return folder
 
@@ -74,7 +87,9 @@ def look(page, *files, at=VIEWER):
 
 def choose(page, name):
     page.click(f'#list button[data-name="{name}"]')
-    page.wait_for_function("name => document.querySelector('#controls h2')?.textContent === name", arg=name)
+    page.wait_for_function(
+        "name => document.querySelector('#controls h2')?.textContent === name", arg=name
+    )
     page.wait_for_selector("#picture[aria-busy=false]")
 
 
@@ -107,12 +122,16 @@ def metadata(file):
 def test_all_tensors_in_the_order_of_the_pass(page, trace):
     file = trace / "float32.safetensors"
     look(page, file)
-    names = page.eval_on_selector_all("#list button[data-name]", "all => all.map(b => b.dataset.name)")
+    names = page.eval_on_selector_all(
+        "#list button[data-name]", "all => all.map(b => b.dataset.name)"
+    )
     passed, (weights, params, _) = {}, llama.load_model(ROOT / "weights/tiny")
     tokens = load_file(file)["tokens"]
     llama.forward(tokens, weights, params, probe=llama.record(passed))
     assert names == [*passed, "logit lens"]
-    for name in names:  # with the keyboard: each has its picture, and where there are heads, one for each
+    for (
+        name
+    ) in names:  # with the keyboard: each has its picture, and where there are heads, one for each
         page.wait_for_function(
             "name => document.querySelector('#controls h2')?.textContent === name", arg=name
         )
@@ -158,7 +177,9 @@ def test_values_under_the_mouse_are_those_of_the_file(page, trace):
                     (i, j)
                     for i in range(len(rows))
                     if rows[i] == row
-                    for j in ([int(col)] if dim else [j for j in range(len(rows)) if rows[j] == col])
+                    for j in (
+                        [int(col)] if dim else [j for j in range(len(rows)) if rows[j] == col]
+                    )
                 ]
                 assert any(the_same(value, matrix[place]) for place in places), (name, text)
                 seen.add(text)
@@ -177,7 +198,8 @@ def test_rope_turns_pairs(page, trace):
             r'".*" at (\d+): \((\S+), (\S+)\) turned by (\S+)° to \((\S+), (\S+)\)', text
         ).groups()
         k, turned = (
-            held[f"layers.0.attention.{name}"][0, 0, int(position), 2:4] for name in ("k", "k_rotated")
+            held[f"layers.0.attention.{name}"][0, 0, int(position), 2:4]
+            for name in ("k", "k_rotated")
         )
         degrees = torch.rad2deg(int(position) / 500000 ** (2 / 32) * torch.ones(())) % 360
         assert all(map(the_same, numbers[:2] + numbers[3:], [*k, *turned]))
@@ -214,10 +236,15 @@ def test_units_and_tokens(page, trace):
     page.wait_for_selector("text=position 4;")
     strongest = held["layers.2.feed_forward.hidden"][0, 4]
     best = int(strongest.abs().argmax())
-    name, value = page.text_content("#picture tr td"), page.text_content("#picture tr td:nth-child(2)")
+    name, value = (
+        page.text_content("#picture tr td"),
+        page.text_content("#picture tr td:nth-child(2)"),
+    )
     assert name == f"unit {best}" and the_same(value, strongest[best])
     choose(page, "tokens")
-    ids = page.eval_on_selector_all("#picture td:nth-child(2)", "all => all.map(x => +x.textContent)")
+    ids = page.eval_on_selector_all(
+        "#picture td:nth-child(2)", "all => all.map(x => +x.textContent)"
+    )
     assert ids == held["tokens"][0].tolist()
 
 
@@ -226,10 +253,13 @@ def test_two_traces(page, trace, tmp_path):
     held = load_file(file)
     names = ("layers.1.attention.k_rotated", "layers.1.attention.scores", "logits")
     changed = {
-        name: x + 0.01 if name in names else x for name, x in held.items() if name != "layers.0.attention.q"
+        name: x + 0.01 if name in names else x
+        for name, x in held.items()
+        if name != "layers.0.attention.q"
     }
     save_file(
-        changed | {"layers.3.out": held["layers.3.out"][..., :9].contiguous()}, tmp_path / "other.safetensors"
+        changed | {"layers.3.out": held["layers.3.out"][..., :9].contiguous()},
+        tmp_path / "other.safetensors",
     )
     look(page, file, tmp_path / "other.safetensors")
     page.wait_for_selector("#first:has-text('First that differs: layers.1.attention.k_rotated')")
@@ -257,21 +287,27 @@ def test_two_traces(page, trace, tmp_path):
 
     look(page, file, file)  # the file input hands over both
     page.wait_for_selector("text=The two agree in all they share.")
-    look(page, file, trace / "bfloat16.safetensors")  # rounding is no difference, in float32 logits neither
+    look(
+        page, file, trace / "bfloat16.safetensors"
+    )  # rounding is no difference, in float32 logits neither
     page.wait_for_selector("text=The two agree in all they share.")
     page.set_input_files("#file", [file, file, file])
     page.wait_for_selector("#message:has-text('Two traces at most')")
     (tmp_path / "again.safetensors").write_bytes(file.read_bytes())
     look(page, tmp_path / "again.safetensors")
     save_file(held | {"norm": held["norm"] * 0}, tmp_path / "again.safetensors")
-    page.set_input_files("#file", tmp_path / "again.safetensors")  # the same name: it takes the place
+    page.set_input_files(
+        "#file", tmp_path / "again.safetensors"
+    )  # the same name: it takes the place
     choose(page, "norm")
     page.wait_for_selector("button[data-name=norm] >> text=0 … 0")
     assert page.is_hidden("#message")
 
 
 def test_every_number_and_every_dtype(page, tmp_path):
-    special = torch.tensor([[1.5, -2.0, float("nan"), float("inf"), float("-inf"), 0.0, 3e-8, 65504.0]])
+    special = torch.tensor(
+        [[1.5, -2.0, float("nan"), float("inf"), float("-inf"), 0.0, 3e-8, 65504.0]]
+    )
     held = {
         str(dtype)[6:]: special.to(dtype)
         for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -296,8 +332,13 @@ def test_every_number_and_every_dtype(page, tmp_path):
     for name, x in held.items():
         choose(page, name)
         said = {text.split(": ")[1] for text in sweep(page, 24, rows=2)}
-        assert {"1.500", "−2", "NaN", "∞", "−∞", "0"} <= said or {"1.500", "−2.000"} & said, (name, said)
-        assert any(the_same(text, x[0, 7]) for text in said) and any(the_same(text, x[0, 6]) for text in said)
+        assert {"1.500", "−2", "NaN", "∞", "−∞", "0"} <= said or {"1.500", "−2.000"} & said, (
+            name,
+            said,
+        )
+        assert any(the_same(text, x[0, 7]) for text in said) and any(
+            the_same(text, x[0, 6]) for text in said
+        )
         page.wait_for_selector(f"button[data-name={name}] >> text=1 NaN")
         page.wait_for_selector(f"button[data-name={name}] >> text=2 infinite")
     for name in whole:
@@ -305,7 +346,9 @@ def test_every_number_and_every_dtype(page, tmp_path):
     page.wait_for_selector("button[data-name=uint8] >> text=250 … 250")
     for name in ("empty", "one", "line"):
         page.click(f"#list button[data-name={name}]")
-        page.wait_for_selector("#picture:has-text('It is empty')" if name == "empty" else "#picture canvas")
+        page.wait_for_selector(
+            "#picture:has-text('It is empty')" if name == "empty" else "#picture canvas"
+        )
 
 
 def test_traces_of_other_software(page, tmp_path):
@@ -314,7 +357,10 @@ def test_traces_of_other_software(page, tmp_path):
     weights = random_weights(params, 0, False, torch.float32)
     tokens, held = torch.tensor([[5, 6, 7], [50, 60, 70]]), {}
     llama.forward(tokens, weights, params, probe=llama.record(held))
-    held |= {"norm": held["norm"][:, -1:].contiguous(), "lens.ids": torch.zeros(3, dtype=torch.int64)}
+    held |= {
+        "norm": held["norm"][:, -1:].contiguous(),
+        "lens.ids": torch.zeros(3, dtype=torch.int64),
+    }
     save_file(held, tmp_path / "t.safetensors")
     look(page, tmp_path / "t.safetensors")
     choose(page, "layers.0.attention.probs")
@@ -348,10 +394,22 @@ def test_traces_of_other_software(page, tmp_path):
 
 def test_long_prompts_fit_the_window(page, tmp_path):
     words = "Once upon a time a llama met a zebra. " * 12
-    flags = ["--save-trace", str(tmp_path / "t.safetensors"), "--max-new-tokens", "0", "--show", "none"]
+    flags = [
+        "--save-trace",
+        str(tmp_path / "t.safetensors"),
+        "--max-new-tokens",
+        "0",
+        "--show",
+        "none",
+    ]
     assert llama.main([words, *flags]) == 0
     look(page, tmp_path / "t.safetensors")
-    for name in ("layers.1.attention.probs", "layers.1.feed_forward.hidden", "layers.1.out", "logit lens"):
+    for name in (
+        "layers.1.attention.probs",
+        "layers.1.feed_forward.hidden",
+        "layers.1.out",
+        "logit lens",
+    ):
         choose(page, name)
         box = page.locator("#readout").bounding_box()
         assert 0 <= box["y"] < 300, name
@@ -409,7 +467,9 @@ def test_200_megabytes_are_read_piece_by_piece(page, tmp_path):
     for name in ("layers.0.attention.probs", "layers.0.out", "logits"):
         choose(page, name)
         page.wait_for_selector("#picture :is(canvas, table)")
-    assert page.evaluate("Math.max(...window.reads)") <= 8.2e6  # of layers.0.out, which is one picture
+    assert (
+        page.evaluate("Math.max(...window.reads)") <= 8.2e6
+    )  # of layers.0.out, which is one picture
     p, best = held["logits"][0, -1].softmax(-1).max(-1)
     page.wait_for_selector(f"#picture tr:first-child:has-text('#{int(best)}')")
     choose(page, "layers.0.attention.probs")
@@ -455,7 +515,9 @@ def test_keys(page, trace):
         page.keyboard.press(key)
         assert says in title(), key
     page.keyboard.press("t")
-    assert page.get_attribute("#tokens button:first-child", "aria-pressed") == "true"  # around from the last
+    assert (
+        page.get_attribute("#tokens button:first-child", "aria-pressed") == "true"
+    )  # around from the last
     page.keyboard.press("?")
     assert page.is_visible("dialog")
 
@@ -464,7 +526,9 @@ def test_keys(page, trace):
 def test_light_and_dark_large_and_small(browser, trace, size):
     looks = {}
     for scheme in ("light", "dark"):
-        context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
+        context = browser.new_context(
+            viewport={"width": size[0], "height": size[1]}, color_scheme=scheme
+        )
         page = context.new_page()
         look(page, trace / "float32.safetensors")
         for name in (
@@ -503,6 +567,8 @@ def take_pictures(trace):
 
 if __name__ == "__main__":
     prompt = "Once upon a time, there was a little fox named Vudel. Vude"
-    llama.main([prompt, "--save-trace", "t.safetensors", "--dtype", "float32", "--max-new-tokens", "0"])
+    llama.main(
+        [prompt, "--save-trace", "t.safetensors", "--dtype", "float32", "--max-new-tokens", "0"]
+    )
     take_pictures("t.safetensors")
     os.unlink("t.safetensors")

@@ -6,13 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, read_params
 
 TEXT = (ROOT / "walkthrough.md").read_text(encoding="utf-8")
 SCRIPT = (ROOT / "llama3_from_scratch.py").read_text(encoding="utf-8")
 
-sys.path.insert(0, str(ROOT / "walkthrough"))
-import build
+from walkthrough import build
 
 
 def builder(*arguments, root=ROOT):
@@ -34,7 +33,9 @@ def short(tmp_path, monkeypatch, capsys):
         return code, *capsys.readouterr()
 
     def make(cells):
-        build.SOURCE.write_text('```python\nfolder = "weights/tiny"\n```\n\n' + cells, encoding="utf-8")
+        build.SOURCE.write_text(
+            '```python\nfolder = "weights/tiny"\n```\n\n' + cells, encoding="utf-8"
+        )
         return build.SOURCE, run
 
     return make
@@ -96,7 +97,9 @@ def test_the_script_changed_under_the_whole_document(tmp_path):
     (tmp_path / "llama3_from_scratch.py").write_text(changed)
     run = builder("--check", root=tmp_path)
     last = run.stderr.splitlines()[-1]
-    assert run.returncode == 2 and re.fullmatch(r"error: walkthrough\.md, line \d+: AssertionError", last)
+    assert run.returncode == 2 and re.fullmatch(
+        r"error: walkthrough\.md, line \d+: AssertionError", last
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,8 +109,14 @@ def test_the_script_changed_under_the_whole_document(tmp_path):
             "text\n\n```python\nx = 1\n1 / 0\n```\n",
             "error: walkthrough.md, line 9: ZeroDivisionError: division by zero",
         ),
-        ("```python\nx = (\n```\n", "error: walkthrough.md, line 6: SyntaxError: '(' was never closed"),
-        ("```python\nraise SystemExit('bye')\n```\n", "error: walkthrough.md, line 6: SystemExit: bye"),
+        (
+            "```python\nx = (\n```\n",
+            "error: walkthrough.md, line 6: SyntaxError: '(' was never closed",
+        ),
+        (
+            "```python\nraise SystemExit('bye')\n```\n",
+            "error: walkthrough.md, line 6: SystemExit: bye",
+        ),
         (
             "<!-- show: gone -->\n",
             "error: walkthrough.md, line 5: show: gone: llama3_from_scratch.py has no function gone",
@@ -150,7 +159,11 @@ def test_weights_that_are_not_there(tmp_path, capsys, monkeypatch):
     empty.mkdir()
     for weights, target, said in (
         (tmp_path / "gone", out, f"error: {tmp_path}/gone: no such folder\n"),
-        (empty, ROOT / "walkthrough.md", "error: .*walkthrough.md: this is the document of weights/tiny.*\n"),
+        (
+            empty,
+            ROOT / "walkthrough.md",
+            "error: .*walkthrough.md: this is the document of weights/tiny.*\n",
+        ),
         (empty, out, "error: walkthrough.md, line \\d+: ValueError: .*empty.*\n"),
     ):
         assert build.main(["--weights", str(weights), "--out", str(target)]) == 2
@@ -161,14 +174,22 @@ def test_weights_that_are_not_there(tmp_path, capsys, monkeypatch):
     "changes",
     [
         {"tied": True},
-        {"n_heads": 6, "n_kv_heads": 6, "dim": 96, "n_layers": 2, "use_scaled_rope": False, "shards": 2},
+        {
+            "n_heads": 6,
+            "n_kv_heads": 6,
+            "dim": 96,
+            "n_layers": 2,
+            "use_scaled_rope": False,
+            "shards": 2,
+        },
     ],
 )
 def test_other_weights(checkpoint, tmp_path, changes):
     """Random weights of other sizes go through; from another folder too its links lead somewhere."""
     folder, out = checkpoint(**changes), tmp_path / "elsewhere" / "theirs.md"
     before = {
-        path: path.read_bytes() for path in (ROOT / "walkthrough.md", *(ROOT / "walkthrough").glob("*.svg"))
+        path: path.read_bytes()
+        for path in (ROOT / "walkthrough.md", *(ROOT / "walkthrough").glob("*.svg"))
     }
     run = builder("--weights", folder, "--out", out)
     assert run.returncode == 0, run.stderr
@@ -177,18 +198,27 @@ def test_other_weights(checkpoint, tmp_path, changes):
     check_links(text, out.parent)
     assert f'folder = "{folder}"' in text and len(list((out.parent / "theirs").glob("*.svg"))) >= 11
     names = "DHKGEFV"
-    sizes = [int(size.replace(",", "")) for size in re.findall(rf"^[{names}] +([\d,]+) +[\d,]+$", text, re.M)]
+    sizes = [
+        int(size.replace(",", ""))
+        for size in re.findall(rf"^[{names}] +([\d,]+) +[\d,]+$", text, re.M)
+    ]
     params = build_params(folder)
     assert dict(zip(names, sizes)) == params
     assert code_of(text).replace(f'"{folder}"', '"weights/tiny"') == code_of(TEXT)
 
 
 def build_params(folder):
-    import llama3_from_scratch as llama
-
-    p = llama.read_params(folder)
+    p = read_params(folder)
     D, H, K = p["dim"], p["n_heads"], p["n_kv_heads"]
-    return {"D": D, "H": H, "K": K, "G": H // K, "E": p["head_dim"], "F": p["ffn_dim"], "V": p["vocab_size"]}
+    return {
+        "D": D,
+        "H": H,
+        "K": K,
+        "G": H // K,
+        "E": p["head_dim"],
+        "F": p["ffn_dim"],
+        "V": p["vocab_size"],
+    }
 
 
 def code_of(text):
@@ -228,12 +258,16 @@ def test_every_line_of_forward_is_shown():
     (forward,) = [node for node in ast.parse(SCRIPT).body if getattr(node, "name", "") == "forward"]
     lines, shown = SCRIPT.splitlines(), set()
     pieces = re.findall(
-        r"^\[`(\w+)`, lines (\d+) to (\d+)\]\(.*#L\2-L\3\):\n```python \.noeval\n(.*?)^```", TEXT, re.M | re.S
+        r"^\[`(\w+)`, lines (\d+) to (\d+)\]\(.*#L\2-L\3\):\n```python \.noeval\n(.*?)^```",
+        TEXT,
+        re.M | re.S,
     )
     assert len(pieces) == TEXT.count("<!-- show: ")
     for name, a, b, code in pieces:
         a, b = int(a), int(b)
-        assert [line.strip() for line in code.splitlines()] == [line.strip() for line in lines[a - 1 : b]]
+        assert [line.strip() for line in code.splitlines()] == [
+            line.strip() for line in lines[a - 1 : b]
+        ]
         shown |= set(range(a, b + 1)) if name == "forward" else set()
     body = range(forward.lineno, forward.end_lineno + 1)
     assert [n for n in body if n not in shown and lines[n - 1].strip()] == []
@@ -242,12 +276,16 @@ def test_every_line_of_forward_is_shown():
 def test_house_rules():
     code = code_of(TEXT)
     assert max(map(len, code.splitlines())) <= 110
-    assert not [node for node in ast.walk(ast.parse(code)) if isinstance(node, (ast.ClassDef, ast.Global))]
+    assert not [
+        node for node in ast.walk(ast.parse(code)) if isinstance(node, (ast.ClassDef, ast.Global))
+    ]
     source = re.sub(
         r"^```(text|python \.noeval)\n.*?^```\n", "", TEXT, flags=re.M | re.S
     )  # as it was written
     assert 900 <= source.count("\n") <= 1400
-    for section in re.split(r"^## ", TEXT, flags=re.M)[1:]:  # each begins with the question it answers
+    for section in re.split(r"^## ", TEXT, flags=re.M)[
+        1:
+    ]:  # each begins with the question it answers
         assert re.match(r".*\n\n\*.*\?\*", section), section[:80]
     for picture in (ROOT / "walkthrough").glob("*.svg"):
         assert picture.stat().st_size < 100_000 and f"(walkthrough/{picture.name})" in TEXT
@@ -261,15 +299,28 @@ def test_it_runs_as_a_notebook(tmp_path):
 
     path = tmp_path / "walkthrough.ipynb"
     subprocess.run(
-        [sys.executable, "-m", "jupytext", "--to", "notebook", "-o", str(path), str(ROOT / "walkthrough.md")],
+        [
+            sys.executable,
+            "-m",
+            "jupytext",
+            "--to",
+            "notebook",
+            "-o",
+            str(path),
+            str(ROOT / "walkthrough.md"),
+        ],
         check=True,
         capture_output=True,
     )
     notebook = jupytext.read(path)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert [cell.source + "\n" for cell in cells] == re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
+    assert [cell.source + "\n" for cell in cells] == re.findall(
+        r"^```python\n(.*?)^```", TEXT, re.M | re.S
+    )
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(ROOT)}}).execute()
-    printed = ["".join(out.text for out in cell.outputs if out.get("name") == "stdout") for cell in cells]
+    printed = [
+        "".join(out.text for out in cell.outputs if out.get("name") == "stdout") for cell in cells
+    ]
     boxes = re.findall(r"^```text\n(.*?)^```", TEXT, re.M | re.S)
     said = [
         "\n".join(line.rstrip() for line in text.rstrip().splitlines()) + "\n"

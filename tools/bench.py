@@ -14,6 +14,7 @@ reach.
 import argparse
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import json
 import math
@@ -26,14 +27,17 @@ import time
 import traceback
 from pathlib import Path
 
-os.environ["THP_MEM_ALLOC_ENABLE"] = os.environ.get("THP_MEM_ALLOC_ENABLE", "1")  # as the script does
+os.environ["THP_MEM_ALLOC_ENABLE"] = os.environ.get(
+    "THP_MEM_ALLOC_ENABLE", "1"
+)  # as the script does
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "weights"), str(ROOT / "tools")]
-import layouts
-
+sys.path.insert(0, str(ROOT))  # run by its path
 import llama3_from_scratch as llama
+from parts import layouts
+from parts.commandline import peak_memory
+from parts.eager import one_token_step, without_onednn
 
 # ------------------------------------------------------------------------------------ the contenders
 # Each is a function (weights folder, device) -> (prefill, step): prefill(ids) reads a prompt from the start
@@ -42,11 +46,13 @@ import llama3_from_scratch as llama
 
 def ours(folder, device, compiled=False):
     weights, params, _ = llama.load_model(folder, device)
-    step = llama.forward
+    step = one_token_step
     if compiled:
-        import compiled as compiling  # here, so that the compiler is not in the memory of the eager contender
+        from parts.compiled import (
+            compiled_step,  # here: it is not to be in the eager contender's memory
+        )
 
-        step = compiling.compiled_step()
+        step = compiled_step()
     state = {}
 
     def prefill(ids):
@@ -77,7 +83,9 @@ def in_dialect(weights, params, dialect):
     for name, w in weights.items():
         _, _, layer = name.partition("layers.")
         number = layer.partition(".")[0]
-        pattern = name.removesuffix(".weight").replace(f".{number}.", ".{}.", 1) if number else name[:-7]
+        pattern = (
+            name.removesuffix(".weight").replace(f".{number}.", ".{}.", 1) if number else name[:-7]
+        )
         if name.endswith(("wq.weight", "wk.weight")):
             w = w.view(-1, params["head_dim"] // 2, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
         yield theirs[pattern].format(number) + ".weight", w
@@ -139,7 +147,9 @@ def transformers(folder, device, static=False):
 
     def prefill(ids):
         state["at"] = 0
-        state["cache"] = StaticCache(config=model.config, max_cache_len=1024) if static else DynamicCache()
+        state["cache"] = (
+            StaticCache(config=model.config, max_cache_len=1024) if static else DynamicCache()
+        )
         return read(ids, model)
 
     return torch.no_grad()(prefill), torch.no_grad()(lambda token: read([token], run))
@@ -164,7 +174,9 @@ def llms_from_scratch(folder, device):
             "original_context_length": params["rope_original_context"],
         },
     })  # fmt: skip
-    model.load_state_dict(dict(in_dialect(weights, params, layouts.RASBT)), strict=False, assign=True)
+    model.load_state_dict(
+        dict(in_dialect(weights, params, layouts.RASBT)), strict=False, assign=True
+    )
     del weights
     model, state = model.to(device), {}
 
@@ -210,7 +222,9 @@ def gguf_file(folder):
         if name == "output.weight" and tied:
             continue
         layer, _, part = name.removesuffix(".weight").removeprefix("layers.").partition(".")
-        theirs = f"blk.{layer}.{parts[part]}" if part in parts else names[name.removesuffix(".weight")]
+        theirs = (
+            f"blk.{layer}.{parts[part]}" if part in parts else names[name.removesuffix(".weight")]
+        )
         kind = gguf.GGMLQuantizationType.BF16 if w.dim() > 1 else gguf.GGMLQuantizationType.F32
         out.add_tensor(f"{theirs}.weight", gguf.quantize(w.float().numpy(), kind), raw_dtype=kind)
     if params["use_scaled_rope"]:  # what each pair's frequency is divided by
@@ -335,7 +349,9 @@ def work(name, folder, device):
             os.write(talk, (json.dumps(answer) + "\n").encode())
     except Exception as problem:  # whatever a library raises: who asks should hear of it
         traceback.print_exc()
-        os.write(talk, (json.dumps({"error": f"{type(problem).__name__}: {problem}"}) + "\n").encode())
+        os.write(
+            talk, (json.dumps({"error": f"{type(problem).__name__}: {problem}"}) + "\n").encode()
+        )
 
 
 def as_users_run_it(name):
@@ -401,7 +417,9 @@ def machine(device):
         name = torch.cuda.get_device_name()
     else:
         found = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        models = [line.partition(": ")[2] for line in found.splitlines() if line.startswith("model name")]
+        models = [
+            line.partition(": ")[2] for line in found.splitlines() if line.startswith("model name")
+        ]
         name = f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
     return f"{name}; Python {platform.python_version()}, torch {torch.__version__}, {datetime.date.today()}"
 
@@ -413,7 +431,10 @@ def side_by_side(names, folder, device, rounds, new):
     """Prefill of 128 and 512 tokens and decoding, turn by turn: figures by name, and the bandwidths."""
     processes = {}
     array = torch.ones(2**27 if device == "cpu" else 2**30, device=device)
-    bandwidths, found = [], {name: {"prefill 128": [], "prefill 512": [], "decode": []} for name in names}
+    bandwidths, found = (
+        [],
+        {name: {"prefill 128": [], "prefill 512": [], "decode": []} for name in names},
+    )
     try:
         for name in names:  # one after another: loading and compiling take all cores
             processes[name] = start(name, folder, device)
@@ -444,21 +465,25 @@ def without_probe():
     class Remove(ast.NodeTransformer):
         def visit_Call(self, node):
             self.generic_visit(node)
-            return node.args[2] if isinstance(node.func, ast.Name) and node.func.id == "probe" else node
+            return (
+                node.args[2]
+                if isinstance(node.func, ast.Name) and node.func.id == "probe"
+                else node
+            )
 
     tree = ast.fix_missing_locations(Remove().visit(ast.parse(inspect.getsource(llama.forward))))
     namespace = dict(vars(llama))
     exec(compile(tree, "forward without probes", "exec"), namespace)
-    return namespace["forward"]
+    return functools.partial(namespace["forward"], project=without_onednn)
 
 
 @torch.no_grad()
 def rows_and_positions(folder, device, rounds, shapes):
     """Seconds of a decode step for (rows, positions) pairs, in turns: eager, compiled, without probes."""
-    import compiled as compiling
+    from parts.compiled import compiled_step
 
     weights, params, _ = llama.load_model(folder, device)
-    steps = {"eager": llama.forward, "no probe": without_probe(), "compiled": compiling.compiled_step()}
+    steps = {"eager": one_token_step, "no probe": without_probe(), "compiled": compiled_step()}
     found = {}
     for turn in range(rounds + 1):  # the first is for compiling
         for B, S in shapes:
@@ -473,7 +498,9 @@ def rows_and_positions(folder, device, rounds, shapes):
                     tokens = torch.full((B, 1), 65 + n, device=device)
                     at = torch.full((B, 1), S - 8 + n, device=device)
                     started = time.perf_counter()
-                    step(tokens, weights, params, cache, at, torch.zeros_like(at[:, 0])).argmax().item()
+                    step(
+                        tokens, weights, params, cache, at, torch.zeros_like(at[:, 0])
+                    ).argmax().item()
                     times.append(time.perf_counter() - started)
                 if turn:
                     found.setdefault((name, B, S), []).append(statistics.median(times[1:]))
@@ -488,7 +515,7 @@ def long_prompt(folder, device, length):
     started = time.perf_counter()
     llama.prefill(tokens, weights, params, cache).argmax().item()
     seconds = time.perf_counter() - started
-    peak = llama.peak_memory(device) if device == "cuda" else memory("VmHWM")
+    peak = peak_memory(device) if device == "cuda" else memory("VmHWM")
     return {"seconds": seconds, "beyond": peak - held(weights) - held_by_cache(cache)}
 
 
@@ -548,7 +575,14 @@ def report_side_by_side(found, bandwidths, rate, size, cache, flops):
     yield f"{size / 1e9:.2f} GB. Matrix products {rate / 1e3:.2f} TFLOP/s: at most {rate * 1e9 / flops:.0f}"
     yield "tokens of prompt a second. Medians, in brackets the range; ratios: medians over turns."
     yield ""
-    heads = ["", "prefill 128, tok/s", "prefill 512, tok/s", "decode, tok/s", "eager / it", "compiled / it"]
+    heads = [
+        "",
+        "prefill 128, tok/s",
+        "prefill 512, tok/s",
+        "decode, tok/s",
+        "eager / it",
+        "compiled / it",
+    ]
     heads += ["of the bandwidth", "same tokens as compiled", "memory beyond weights and cache"]
     yield "| " + " | ".join(heads) + " |"
     yield "|---" * len(heads) + "|"
@@ -592,7 +626,9 @@ def chart(found, reach, path):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("weights", help="a checkpoint in any layout, such as tools/random_checkpoint.py makes")
@@ -613,7 +649,10 @@ def main(argv=None):
 
     versions = {}
     for name in args.peers:
-        if name == "gpt-fast" and not Path(os.environ.get("GPT_FAST", "/nowhere"), "model.py").is_file():
+        if (
+            name == "gpt-fast"
+            and not Path(os.environ.get("GPT_FAST", "/nowhere"), "model.py").is_file()
+        ):
             raise ValueError("gpt-fast: set GPT_FAST to the path of its checkout")
         if name in PACKAGES:
             try:
@@ -651,7 +690,9 @@ def main(argv=None):
 def alone(args, params, size):
     """Prints what is measured of the script alone: rows, positions, cold start, long prompts."""
     shapes = [(1, 128), (8, 128), (32, 128), (1, 8192), (1, 32768)]
-    seconds, params, weights = rows_and_positions(args.weights, args.device, max(2, args.rounds // 2), shapes)
+    seconds, params, weights = rows_and_positions(
+        args.weights, args.device, max(2, args.rounds // 2), shapes
+    )
     per_position = 2 * params["n_layers"] * params["n_kv_heads"] * params["head_dim"]
     per_position *= weights["norm.weight"].itemsize
     heads = ["rows", "positions", "eager, tok/s", "× one row", "compiled, tok/s", "× one row"]
@@ -677,10 +718,14 @@ def alone(args, params, size):
         print(f"Cold start to the first token, {name}: {spread(times)} s")
     long = {}
     for length in (8192, 32768) if args.long else ():
-        code = "import bench, json, sys; found = bench.long_prompt(*sys.argv[1:3], int(sys.argv[3]))"
+        code = (
+            "import bench, json, sys; found = bench.long_prompt(*sys.argv[1:3], int(sys.argv[3]))"
+        )
         code = [sys.executable, "-c", f"{code}; print(json.dumps(found))"]
         code += [args.weights, args.device, str(length)]
-        ran = subprocess.run(code, cwd=ROOT / "tools", stdout=subprocess.PIPE, text=True, check=True)
+        ran = subprocess.run(
+            code, cwd=ROOT / "tools", stdout=subprocess.PIPE, text=True, check=True
+        )
         long[length] = json.loads(ran.stdout)
         print(f"First token after a prompt of {length:,}: {long[length]['seconds']:.1f} s "
               f"({length / long[length]['seconds']:.0f} tok/s), memory beyond weights and cache "

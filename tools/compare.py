@@ -24,7 +24,7 @@ import safetensors
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # run by its path
 from llama3_from_scratch import (
     encode,
     forward,
@@ -88,7 +88,8 @@ def merged_as_they_lie(name, x, seen, run):
     if name == "attention.out":
         heads = seen["attention.heads"]  # B H T E
         return project(
-            heads.reshape(x.shape[:2] + (-1,)), run["weights"][f"{seen['layer']}attention.wo.weight"]
+            heads.reshape(x.shape[:2] + (-1,)),
+            run["weights"][f"{seen['layer']}attention.wo.weight"],
         )
 
 
@@ -100,7 +101,10 @@ def repeated(x, run, tiled=False):
 
 def all_scores(seen, run, k=None):
     """Scores without a mask."""
-    q, k = seen["attention.q_rotated"], repeated(seen["attention.k_rotated"], run) if k is None else k
+    q, k = (
+        seen["attention.q_rotated"],
+        repeated(seen["attention.k_rotated"], run) if k is None else k,
+    )
     return q @ k.mT / math.sqrt(q.shape[-1])
 
 
@@ -195,7 +199,9 @@ def norm_in_bfloat16(x, weight, eps):
 def activation(how):
     def inject(name, x, seen, run):
         if name == "feed_forward.gate":
-            return how(project(seen["ffn_norm"], run["weights"][f"{seen['layer']}feed_forward.w1.weight"]))
+            return how(
+                project(seen["ffn_norm"], run["weights"][f"{seen['layer']}feed_forward.w1.weight"])
+            )
 
     return {"inject": inject}
 
@@ -283,9 +289,15 @@ MISTAKES = {  # what it is: (how it is made, the mend)
         rotated(rotate_pairs_of_halves),
         "Hugging Face's q_proj and k_proj pair number i with i + E/2: rotate those, or permute the weights",
     ),
-    "positions start at 1": ({"positions": lambda at: at + 1}, "the first token stands at position 0"),
+    "positions start at 1": (
+        {"positions": lambda at: at + 1},
+        "the first token stands at position 0",
+    ),
     "rope_theta is 10000": (params(rope_theta=10000.0), "take rope_theta from params.json"),
-    "RoPE scaling is off": (params(use_scaled_rope=False), "from Llama 3.1 on frequencies are scaled"),
+    "RoPE scaling is off": (
+        params(use_scaled_rope=False),
+        "from Llama 3.1 on frequencies are scaled",
+    ),
     "the RoPE scaling factor is 8": (
         params(rope_scaling_factor=8),
         "here it is {rope_scaling_factor:g}; 3.2 1B and 3B have 32",
@@ -338,8 +350,14 @@ MISTAKES = {  # what it is: (how it is made, the mend)
     ),
     "norm eps is 1e-6": (params(norm_eps=1e-6), "take norm_eps from params.json"),
     "norms are computed in bfloat16": (norms(norm_in_bfloat16), "square and average in float32"),
-    "norm weights are forgotten": (norm_weights(torch.ones_like), "multiply by the weight after the norm"),
-    "norm weights have 1 added": (norm_weights(lambda w: w + 1), "that is Gemma's; Llama multiplies by w"),
+    "norm weights are forgotten": (
+        norm_weights(torch.ones_like),
+        "multiply by the weight after the norm",
+    ),
+    "norm weights have 1 added": (
+        norm_weights(lambda w: w + 1),
+        "that is Gemma's; Llama multiplies by w",
+    ),
     "LayerNorm in place of RMSNorm": (norms(layer_norm), "RMSNorm does not subtract the mean"),
     "w1 and w3 are swapped": (
         swapped("feed_forward.w1", "feed_forward.w3"),
@@ -351,7 +369,10 @@ MISTAKES = {  # what it is: (how it is made, the mend)
         "the gate is silu(w1 x)",
     ),
     "ReLU in place of SiLU": (activation(torch.relu), "the gate is silu(w1 x)"),
-    "gate and up are added, not multiplied": (hidden(lambda gate, up: gate + up), "hidden = gate * up"),
+    "gate and up are added, not multiplied": (
+        hidden(lambda gate, up: gate + up),
+        "hidden = gate * up",
+    ),
     "up is left out": (hidden(lambda gate, up: gate), "hidden = gate * up"),
     "the gate is left out": (hidden(lambda gate, up: up), "hidden = gate * up"),
     "residuals are taken after the norm": (
@@ -359,17 +380,28 @@ MISTAKES = {  # what it is: (how it is made, the mend)
         "add the block's output to its input before the norm",
     ),
     "the residual is forgotten": (residual("", ""), "add the block's input to its output"),
-    "the residual around attention is forgotten": (residual(""), "add the block's input to its output"),
+    "the residual around attention is forgotten": (
+        residual(""),
+        "add the block's input to its output",
+    ),
     "the residual around the feed-forward is forgotten": (
         residual(ffn=""),
         "add the block's input to its output",
     ),
-    "the final norm is forgotten": ({"inject": no_final_norm}, "norm.weight comes before the output head"),
+    "the final norm is forgotten": (
+        {"inject": no_final_norm},
+        "norm.weight comes before the output head",
+    ),
     "the embedding is used as the output head": (
-        weights(lambda name, w, held: held["tok_embeddings.weight"] if name == "output.weight" else None),
+        weights(
+            lambda name, w, held: held["tok_embeddings.weight"] if name == "output.weight" else None
+        ),
         "this model is not tied: use output.weight (lm_head)",
     ),
-    "the KV cache is written one position late": ({"inject": late_cache}, "token p goes into slot p"),
+    "the KV cache is written one position late": (
+        {"inject": late_cache},
+        "token p goes into slot p",
+    ),
     **{
         f"{part} is transposed": (transposed(part), "weights are (out, in): y = x @ w.T")
         for part in ("wq", "wk", "wv", "wo")
@@ -417,7 +449,10 @@ def make(names, tokens, held, sizes):
 def readings(name, theirs, ours, G):
     """Ways in which a tensor can be laid out that make no difference: (words, theirs, ours) of one shape."""
     found, heads = [((), theirs, ours)], ours.dim() == 4
-    B, T = ours.shape[0], ours.shape[-2] if not name.endswith(("scores", "probs")) else ours.shape[-1]
+    B, T = (
+        ours.shape[0],
+        ours.shape[-2] if not name.endswith(("scores", "probs")) else ours.shape[-1],
+    )
 
     def also(words, change):
         for said, x, y in list(found):
@@ -426,18 +461,30 @@ def readings(name, theirs, ours, G):
             except (RuntimeError, IndexError, ValueError):
                 continue  # it cannot be read so
             if result is not None:
-                found.append(((*said, words), *(result if isinstance(result, tuple) else (result, y))))
+                found.append(
+                    ((*said, words), *(result if isinstance(result, tuple) else (result, y)))
+                )
 
     if B == 1:
-        also("without a batch axis", lambda x, y: x[None] if x.dim() < y.dim() or in_groups(x, y) else None)
+        also(
+            "without a batch axis",
+            lambda x, y: x[None] if x.dim() < y.dim() or in_groups(x, y) else None,
+        )
     if name in ("norm", "logits"):
         also(
-            "of the last position only", lambda x, y: (x, y[:, -1:]) if x.shape[1:2] != y.shape[1:2] else None
+            "of the last position only",
+            lambda x, y: (x, y[:, -1:]) if x.shape[1:2] != y.shape[1:2] else None,
         )
-        also("of the last position only", lambda x, y: (x[:, None], y[:, -1:]) if x.dim() == 2 else None)
+        also(
+            "of the last position only",
+            lambda x, y: (x[:, None], y[:, -1:]) if x.dim() == 2 else None,
+        )
     if heads and name.endswith(("scores", "probs")):
         also("heads in groups", lambda x, y: x.flatten(1, 2) if x.dim() == 5 else None)
-        also("with slots to spare", lambda x, y: x[..., :T] if x.dim() == 4 and x.shape[-1] > T else None)
+        also(
+            "with slots to spare",
+            lambda x, y: x[..., :T] if x.dim() == 4 and x.shape[-1] > T else None,
+        )
     elif heads:
         H, E = ours.shape[1], ours.shape[3]
         for n in {H, H * G}:
@@ -472,13 +519,17 @@ def same_in_groups(x, G):
 def difference(x, y):
     """Relative and largest absolute error of x, where it is, and the cosine. -inf agrees with -inf alone."""
     x, y = x.double(), y.double()
-    x = torch.where((y == -math.inf) & (x < -1e4), -math.inf, x)  # masks are often large negative numbers
+    x = torch.where(
+        (y == -math.inf) & (x < -1e4), -math.inf, x
+    )  # masks are often large negative numbers
     same = (x == y) & x.isinf()
     x, y = x.masked_fill(same, 0), y.masked_fill(same, 0)
     apart = (x - y).abs()
     place = [int(n) for n in torch.unravel_index(apart.argmax(), apart.shape)]
     worst = apart.max().item()
-    relative = (apart.norm() / y.norm().clamp_min(1e-30)).item() if math.isfinite(worst) else math.inf
+    relative = (
+        (apart.norm() / y.norm().clamp_min(1e-30)).item() if math.isfinite(worst) else math.inf
+    )
     cosine = torch.nn.functional.cosine_similarity(x.flatten(), y.flatten(), 0).item()
     return {"relative": relative, "absolute": worst, "at": place, "cosine": cosine}
 
@@ -536,7 +587,11 @@ def diagnose(theirs, tokens, weights, params, tolerances, most=3):
     def next_difference(found, mistakes, right):
         """Rounding to bfloat16 on purpose need only come five times as near, where it was near before."""
         for name, error in found.items():
-            near = min(right[name] / 5, 5e-3) if any("bfloat16" in mistake for mistake in mistakes) else 0
+            near = (
+                min(right[name] / 5, 5e-3)
+                if any("bfloat16" in mistake for mistake in mistakes)
+                else 0
+            )
             if error > max(tolerances[name], near):
                 return name
 
@@ -566,7 +621,9 @@ def diagnose(theirs, tokens, weights, params, tolerances, most=3):
         for n, mistake in enumerate(best[0]):
             alike = [pair[n] for pair in best] if len(best[0]) == 1 else [mistake]
             last = n == len(best[0]) - 1
-            steps.append({"first": first, "mistakes": alike, "until": reach[best[0]] if last else "together"})
+            steps.append(
+                {"first": first, "mistakes": alike, "until": reach[best[0]] if last else "together"}
+            )
         made += best[0]
         first = reach[best[0]]
     return steps
@@ -605,15 +662,21 @@ def reference_tokens(args, theirs, about, tokenizer, params):
             or given.numel() != given.shape[-1]
             or not given.numel()
         ):
-            raise ValueError(f"tokens is {given.dtype} {tuple(given.shape)}, expected int64 (T) or (1 T)")
+            raise ValueError(
+                f"tokens is {given.dtype} {tuple(given.shape)}, expected int64 (T) or (1 T)"
+            )
         given = given.flatten().tolist()
     prompt = args.prompt if args.prompt is not None else about.get("prompt")
     if prompt is None and given is None:
-        raise ValueError("which tokens? The file has no tensor called tokens; --prompt gives the text")
+        raise ValueError(
+            "which tokens? The file has no tensor called tokens; --prompt gives the text"
+        )
     expected = None
     if prompt is not None and not (args.prompt is None and given is not None):
         ids = [begin, *encode(tokenizer, prompt)]
-        lengths = {x.shape[-2] for name, x in theirs.items() if name == "tok_embeddings" or "_norm" in name}
+        lengths = {
+            x.shape[-2] for name, x in theirs.items() if name == "tok_embeddings" or "_norm" in name
+        }
         expected = ids
         if given is None and lengths:
             given = {len(ids) - 1: ids[1:], len(ids) + 1: [begin, *ids]}.get(lengths.pop(), ids)
@@ -626,7 +689,10 @@ def reference_tokens(args, theirs, about, tokenizer, params):
     elif ids[1:2] == [begin]:
         words = "the tokens begin with <|begin_of_text|> twice (two BOS)"
     if expected is not None and ids != expected and words is None:
-        n = next((n for n, (a, b) in enumerate(zip(ids, expected)) if a != b), min(len(ids), len(expected)))
+        n = next(
+            (n for n, (a, b) in enumerate(zip(ids, expected)) if a != b),
+            min(len(ids), len(expected)),
+        )
         words = f"the tokens are not those of the prompt, from position {n} on"
     return torch.tensor([ids]), words
 
@@ -663,10 +729,14 @@ def run(args):
             bad = theirs[name].isnan() | (theirs[name].isinf() & (not name.endswith("scores")))
             if not theirs[name].is_floating_point() or not theirs[name].numel():
                 kind, shape = theirs[name].dtype, tuple(theirs[name].shape)
-                raise ValueError(f"{args.theirs}: {name} is {kind} {shape}; real numbers are expected")
+                raise ValueError(
+                    f"{args.theirs}: {name} is {kind} {shape}; real numbers are expected"
+                )
             if bad.any():
                 place = bad.nonzero()[0].tolist()
-                raise ValueError(f"{args.theirs}: {name} holds {theirs[name][tuple(place)]} at {place}")
+                raise ValueError(
+                    f"{args.theirs}: {name} holds {theirs[name][tuple(place)]} at {place}"
+                )
         tolerances = tolerances_of(args, theirs, trace, about, tokens, weights, params)
         found = compare(theirs, trace, tolerances, G)
         steps = diagnose(theirs, tokens, weights, params, tolerances)
@@ -680,7 +750,11 @@ def tolerances_of(args, theirs, trace, about, tokens, weights, params):
         return dict.fromkeys(trace, args.tolerance)
     known = args.dtype or about.get("dtype")
     # tok_embeddings are weights and logits are float32, whatever a port computes in
-    telling = [x for name, x in theirs.items() if name in trace and name not in ("tok_embeddings", "logits")]
+    telling = [
+        x
+        for name, x in theirs.items()
+        if name in trace and name not in ("tok_embeddings", "logits")
+    ]
     for dtype in (torch.bfloat16, torch.float16):
         rounded = telling and all(torch.equal(x.to(dtype).to(x.dtype), x) for x in telling)
         if known == str(dtype).removeprefix("torch.") or known is None and rounded:
@@ -693,7 +767,11 @@ def tolerances_of(args, theirs, trace, about, tokens, weights, params):
 def report(args, theirs, found, tolerances, steps, odd, params):
     unknown = [name for name in theirs if name not in tolerances and not name.startswith("lens.")]
     if args.json:
-        print(json.dumps({"tensors": found, "tokens": odd, "steps": steps, "ignored": unknown}, indent=1))
+        print(
+            json.dumps(
+                {"tensors": found, "tokens": odd, "steps": steps, "ignored": unknown}, indent=1
+            )
+        )
         return
     for name, d in found.items():
         verdict = "ok" if d["relative"] <= tolerances[name] else "DIFFERS"
@@ -707,7 +785,9 @@ def report(args, theirs, found, tolerances, steps, odd, params):
     if odd:
         print(f"{odd[0].upper()}{odd[1:]}.")
     of = 4 + 17 * params["n_layers"] - 1  # all but the tokens
-    worst = max((d["relative"] for n, d in found.items() if d["relative"] <= tolerances[n]), default=0)
+    worst = max(
+        (d["relative"] for n, d in found.items() if d["relative"] <= tolerances[n]), default=0
+    )
     if not steps:
         print(
             f"Everything agrees to {worst:.1e}{' on these tokens' * bool(odd)}: {len(found)} of {of} tensors."
@@ -749,15 +829,34 @@ def report(args, theirs, found, tolerances, steps, odd, params):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("theirs", metavar="THEIRS.safetensors")
-    add("--weights", default=str(ROOT / "weights" / "tiny"), help="the same weights (default: weights/tiny)")
-    add("--prompt", metavar="TEXT", help="the prompt, if the file does not hold its token ids as tokens")
+    add(
+        "--weights",
+        default=str(ROOT / "weights" / "tiny"),
+        help="the same weights (default: weights/tiny)",
+    )
+    add(
+        "--prompt",
+        metavar="TEXT",
+        help="the prompt, if the file does not hold its token ids as tokens",
+    )
     add("--map", metavar="NAMES.json", help="an object from their names to the script's")
-    add("--tolerance", metavar="X", type=float, help="relative error (default: 1e-5, more for 16 bits)")
-    add("--dtype", choices=("float32", "bfloat16", "float16"), help="what they computed in (default: seen)")
+    add(
+        "--tolerance",
+        metavar="X",
+        type=float,
+        help="relative error (default: 1e-5, more for 16 bits)",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="what they computed in (default: seen)",
+    )
     add("--json", action="store_true", help="print everything as JSON")
 
     def wrong(message):

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from llama3_from_scratch import read_params, weight_shapes
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by its path
+from llama3_from_scratch import SHARD_AXIS, fill_params, weight_shapes
 
 LLAMA_3 = {
     "n_kv_heads": 8,
@@ -51,10 +51,6 @@ SHAPES = {
     | {"dim": 8192, "n_layers": 80, "n_heads": 64, "ffn_dim_multiplier": 1.3, "multiple_of": 4096},
 }
 TIED = ("1b", "3b")
-SPLIT_ON_DIM_1 = (
-    "attention.wo.weight",
-    "feed_forward.w2.weight",
-)  # the others that are split are split on dim 0
 
 
 def random_weights(params, seed=0, tied=False, dtype=torch.bfloat16):
@@ -63,7 +59,9 @@ def random_weights(params, seed=0, tied=False, dtype=torch.bfloat16):
     weights = {}
     for name, shape in weight_shapes(params).items():
         noise = torch.randn(shape, generator=generator)
-        weights[name] = ((1 + noise / 5) if len(shape) == 1 else noise / math.sqrt(shape[1])).to(dtype)
+        weights[name] = ((1 + noise / 5) if len(shape) == 1 else noise / math.sqrt(shape[1])).to(
+            dtype
+        )
     if tied:
         weights["output.weight"] = weights["tok_embeddings.weight"]
     return weights
@@ -73,17 +71,23 @@ def split(weights, shards):
     """The weights as Meta splits them over model-parallel processes: a list of dicts."""
     parts = [{} for _ in range(shards)]
     for name, whole in weights.items():
-        dim = 1 if name.endswith(SPLIT_ON_DIM_1) else 0
+        dim = SHARD_AXIS.get(name.split(".")[-2], 0)
         if shards < 1 or whole.dim() == 2 and whole.shape[dim] % shards:
-            raise ValueError(f"{name} of shape {tuple(whole.shape)} cannot be split over {shards} shards")
+            raise ValueError(
+                f"{name} of shape {tuple(whole.shape)} cannot be split over {shards} shards"
+            )
         for n, part in enumerate(parts):
-            part[name] = whole if whole.dim() == 1 or shards == 1 else whole.chunk(shards, dim)[n].clone()
+            part[name] = (
+                whole if whole.dim() == 1 or shards == 1 else whole.chunk(shards, dim)[n].clone()
+            )
     return parts
 
 
 def made_up_tokenizer(ranks):
     """The lines of a tokenizer.model: the 256 bytes, then pairs and triples of bytes, in order."""
-    sequences = itertools.chain.from_iterable(itertools.product(range(256), repeat=n) for n in (1, 2, 3))
+    sequences = itertools.chain.from_iterable(
+        itertools.product(range(256), repeat=n) for n in (1, 2, 3)
+    )
     lines = (
         f"{base64.b64encode(bytes(s)).decode()} {n}\n"
         for n, s in enumerate(itertools.islice(sequences, ranks))
@@ -108,11 +112,11 @@ def write_checkpoint(folder, params, weights, shards=1, tokenizer=None):
     return folder
 
 
-def random_checkpoint(folder, params, shards=1, seed=0, tied=False, dtype=torch.bfloat16, tokenizer=None):
+def random_checkpoint(
+    folder, params, shards=1, seed=0, tied=False, dtype=torch.bfloat16, tokenizer=None
+):
     """A random checkpoint on disk in Meta's layout. params: as in params.json. Returns the folder."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / "params.json").write_text(json.dumps(params))
-    weights = random_weights(read_params(folder), seed, tied, dtype)
+    weights = random_weights(fill_params(params), seed, tied, dtype)
     return write_checkpoint(folder, params, weights, shards, tokenizer)
 
 
@@ -125,10 +129,14 @@ def main():
     parser.add_argument("--shards", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.model to copy instead of a made-up one")
+    parser.add_argument(
+        "--tokenizer", type=Path, help="a tokenizer.model to copy instead of a made-up one"
+    )
     args = parser.parse_args()
     if args.shape not in SHAPES and not Path(args.shape).is_file():
-        print(f"error: {args.shape}: neither a file nor one of {', '.join(SHAPES)}", file=sys.stderr)
+        print(
+            f"error: {args.shape}: neither a file nor one of {', '.join(SHAPES)}", file=sys.stderr
+        )
         sys.exit(2)
     dtype, tied = getattr(torch, args.dtype), args.shape in TIED
     try:

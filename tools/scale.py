@@ -11,14 +11,32 @@ import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by its path
 from llama3_from_scratch import fill_params, weight_shapes
 
 # params.json of the releases (llama-models, models/sku_list.py).
 MODELS = {
-    "8B": {"dim": 4096, "n_layers": 32, "n_heads": 32, "ffn_dim_multiplier": 1.3, "multiple_of": 1024},
-    "70B": {"dim": 8192, "n_layers": 80, "n_heads": 64, "ffn_dim_multiplier": 1.3, "multiple_of": 4096},
-    "405B": {"dim": 16384, "n_layers": 126, "n_heads": 128, "ffn_dim_multiplier": 1.2, "multiple_of": 4096},
+    "8B": {
+        "dim": 4096,
+        "n_layers": 32,
+        "n_heads": 32,
+        "ffn_dim_multiplier": 1.3,
+        "multiple_of": 1024,
+    },
+    "70B": {
+        "dim": 8192,
+        "n_layers": 80,
+        "n_heads": 64,
+        "ffn_dim_multiplier": 1.3,
+        "multiple_of": 4096,
+    },
+    "405B": {
+        "dim": 16384,
+        "n_layers": 126,
+        "n_heads": 128,
+        "ffn_dim_multiplier": 1.2,
+        "multiple_of": 4096,
+    },
 }
 # GB of memory, GB/s of memory, GB/s to other GPUs of the node (NVLink, one direction), GB/s to other nodes
 # (one network port a GPU): NVIDIA's data sheets for the SXM modules, and for the DGX machines around them.
@@ -40,14 +58,22 @@ PUBLISHED = {
     ("8B", 1, 1): 137.64, ("70B", 8, 1): 75.58, ("405B", 8, 1): 15.6,
 }  # fmt: skip
 SHARE_8_BIT = 0.51  # of the bandwidth that its 8-bit weights reach: 8B on one A100 there
-FITTED = (("8B", 1, 2), ("8B", 8, 2), ("8B", 1, 1))  # what gave the shares and LATENCY; the rest is foretold
+FITTED = (
+    ("8B", 1, 2),
+    ("8B", 8, 2),
+    ("8B", 1, 1),
+)  # what gave the shares and LATENCY; the rest is foretold
 
 
 def sizes(model):
     """All params, and the bytes of all weights and of those that a step reads."""
     params = fill_params(MODELS[model] | {"n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-5})
     whole = {name: WIDTH * math.prod(shape) for name, shape in weight_shapes(params).items()}
-    return params, sum(whole.values()), sum(whole.values()) - whole["tok_embeddings.weight"]  # it reads a row
+    return (
+        params,
+        sum(whole.values()),
+        sum(whole.values()) - whole["tok_embeddings.weight"],
+    )  # it reads a row
 
 
 def step(model, gpu, N, positions=POSITIONS):
@@ -83,7 +109,9 @@ def table(model):
         speeds = []
         for gpu, (room, *_) in GPUS.items():
             *_, reading, summing = step(model, gpu, N)
-            speeds.append(f"{1 / (reading + summing):.1f}" if memory <= room * 1e9 else "does not fit")
+            speeds.append(
+                f"{1 / (reading + summing):.1f}" if memory <= room * 1e9 else "does not fit"
+            )
         *_, reading, summing = step(model, "H100", N)
         lines.append(
             f"| {N} | {memory / 1e9:.1f} | {read / 1e9:.2f} | {messages} | {moved / 1e6:.2f} "
@@ -110,11 +138,13 @@ def report():
             f"{'fitted' if fitted else f'{found / known - 1:+.0%}'} |"
         )
     limits = "\n".join(
-        f"- {model}: {', '.join(f'{enough(model, gpu)} {gpu}s' for gpu in GPUS)}" for model in MODELS
+        f"- {model}: {', '.join(f'{enough(model, gpu)} {gpu}s' for gpu in GPUS)}"
+        for model in MODELS
     )
     tables = "\n\n".join(f"### {model}\n\n{table(model)}" for model in MODELS)
     machines = "\n".join(
-        f"| {gpu} | {a} GB | {b:,} GB/s | {c} GB/s | {d} GB/s |" for gpu, (a, b, c, d) in GPUS.items()
+        f"| {gpu} | {a} GB | {b:,} GB/s | {c} GB/s | {d} GB/s |"
+        for gpu, (a, b, c, d) in GPUS.items()
     )
     near, far = LATENCY * 1e6, (LATENCY + FAR) * 1e6
     return f"""# Several GPUs: what to expect

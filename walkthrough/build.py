@@ -37,7 +37,7 @@ import matplotlib.pyplot as plt
 from matplotlib.colors import LinearSegmentedColormap
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # run by its path
 SOURCE = ROOT / "walkthrough.md"
 SCRIPT = "llama3_from_scratch.py"
 BLOCK = re.compile(
@@ -67,7 +67,15 @@ STYLE = {
     "legend.frameon": False,
     "grid.alpha": 0.3,
     **dict.fromkeys(
-        ["text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"], GREY
+        [
+            "text.color",
+            "axes.labelcolor",
+            "axes.edgecolor",
+            "xtick.color",
+            "ytick.color",
+            "grid.color",
+        ],
+        GREY,
     ),
 }
 
@@ -78,7 +86,9 @@ def use_style():
     plt.rcdefaults()
     name, blue = STYLE["image.cmap"], matplotlib.colors.to_rgb(COLOURS[0])
     if name not in matplotlib.colormaps:
-        matplotlib.colormaps.register(LinearSegmentedColormap.from_list(name, [(*blue, 0), (*blue, 1)]))
+        matplotlib.colormaps.register(
+            LinearSegmentedColormap.from_list(name, [(*blue, 0), (*blue, 1)])
+        )
     plt.rcParams.update(STYLE)
 
 
@@ -92,7 +102,9 @@ def svg(figure):
     text = re.sub(r"<metadata>.*?</metadata>\n?", "", file.getvalue().decode(), flags=re.S)
 
     def rounded(found):
-        return re.sub(r"-?\d+\.\d+", lambda n: f"{float(n[0]):.2f}".rstrip("0").rstrip("."), found[0])
+        return re.sub(
+            r"-?\d+\.\d+", lambda n: f"{float(n[0]):.2f}".rstrip("0").rstrip("."), found[0]
+        )
 
     text = text.replace("DejaVuSans-", "").replace("xlink:href", "href")
     text = re.sub(r'(?<= d=")[^"]*|translate\([^)]*\)|(?<= [xy]=")[^"]*', rounded, text)
@@ -106,7 +118,10 @@ def svg(figure):
         return "".join(f'<path d="{"".join(ds)}" {rest}/>\n' for rest, ds in paths.items())
 
     text = re.sub(
-        r'(?:^ *<path d="[^"]*" clip-path="[^"]*" style="fill: [^"]*"/>\n){2,}', joined, text, flags=re.M
+        r'(?:^ *<path d="[^"]*" clip-path="[^"]*" style="fill: [^"]*"/>\n){2,}',
+        joined,
+        text,
+        flags=re.M,
     )
     return "\n".join(line.strip() for line in text.splitlines()) + "\n"
 
@@ -120,11 +135,14 @@ def lines_of(script, what):
     if not found:
         raise ValueError(f'show: {what}: expected a function\'s name, and perhaps from "…" to "…"')
     lines = script.splitlines()
-    begin = next((n for n, line in enumerate(lines) if line.startswith(f"def {found['name']}(")), None)
+    begin = next(
+        (n for n, line in enumerate(lines) if line.startswith(f"def {found['name']}(")), None
+    )
     if begin is None:
         raise ValueError(f"show: {what}: {SCRIPT} has no function {found['name']}")
     end = next(
-        (n for n in range(begin + 1, len(lines)) if re.match(r"\S", lines[n]) and lines[n] != ")"), len(lines)
+        (n for n in range(begin + 1, len(lines)) if re.match(r"\S", lines[n]) and lines[n] != ")"),
+        len(lines),
     )
     while begin and lines[begin - 1].startswith("@"):
         begin -= 1
@@ -165,7 +183,9 @@ def run_cell(code, line, namespace, name):
     for number in plt.get_fignums():
         figure = plt.figure(number)
         if not re.fullmatch(r"[\w-]+", figure.get_label()):
-            raise ValueError(f'{name}, line {line}: a figure needs a name, as in plt.figure("mask")')
+            raise ValueError(
+                f'{name}, line {line}: a figure needs a name, as in plt.figure("mask")'
+            )
         figures[figure.get_label()] = svg(figure)
     plt.close("all")
     return "\n".join(text.rstrip() for text in printed.getvalue().rstrip().splitlines()), figures
@@ -189,7 +209,10 @@ def build(text, script, folder, name="walkthrough.md"):
         made.append(f"```python\n{block['code']}```\n")
         if printed:
             made.append(f"```text\n{printed}\n```\n")
-        said = {Path(path).stem: words for words, path in re.findall(r"!\[(.*)\]\((.*)\)", block["links"])}
+        said = {
+            Path(path).stem: words
+            for words, path in re.findall(r"!\[(.*)\]\((.*)\)", block["links"])
+        }
         for label, figure in figures.items():
             made.append(f"![{said.get(label, label)}]({quote(folder)}/{label}.svg)\n")
             pictures[f"{label}.svg"] = figure
@@ -199,7 +222,9 @@ def build(text, script, folder, name="walkthrough.md"):
 def with_weights(text, weights):
     """The document with another folder of weights in its first cell."""
     if len(WEIGHTS.findall(text)) != 1:
-        raise ValueError(f'{SOURCE.name}: expected one line `folder = "…"`, which --weights replaces')
+        raise ValueError(
+            f'{SOURCE.name}: expected one line `folder = "…"`, which --weights replaces'
+        )
     path = json.dumps(Path(weights).resolve().as_posix(), ensure_ascii=False)
     return WEIGHTS.sub(lambda _: f"folder = {path}", text)
 
@@ -245,7 +270,10 @@ def run(args):
             raise ValueError(f"{args.weights}: no such folder")
         weights = Path(args.weights).expanduser().resolve()
         text = with_weights(text, weights)
-        target = args.out or ROOT / f"walkthrough-{weights.stem if weights.is_file() else weights.name}.md"
+        target = (
+            args.out
+            or ROOT / f"walkthrough-{weights.stem if weights.is_file() else weights.name}.md"
+        )
         if target.resolve() == SOURCE:
             raise ValueError(f"{target}: this is the document of weights/tiny; --out names another")
     target = target.resolve()
@@ -259,7 +287,9 @@ def run(args):
     files = {target: from_elsewhere(text, target)} | {
         folder / name: picture for name, picture in pictures.items()
     }
-    for path in sorted(folder.glob("*.svg")):  # of a folder that may not be ours alone, only what we linked
+    for path in sorted(
+        folder.glob("*.svg")
+    ):  # of a folder that may not be ours alone, only what we linked
         ours = target == SOURCE or f"({quote(folder.name)}/{path.name})" in old
         if ours and path not in files:
             files[path] = None
@@ -281,9 +311,13 @@ def run(args):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 and the difference")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit code 1 and the difference"
+    )
     parser.add_argument("--weights", metavar="DIR", help="build from these instead of weights/tiny")
     parser.add_argument(
         "--out", metavar="FILE", type=Path, help="where to (default walkthrough-<name of DIR>.md)"

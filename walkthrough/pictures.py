@@ -49,10 +49,15 @@ def turning(name, turns, degrees):
     _, axes = plt.subplots(1, pairs, figsize=(WIDTH, 2.5), num=name)
     angles = torch.linspace(0, 6.2832, 61)
     for n, ax in enumerate(axes):
-        ax.plot(angles.cos().numpy().round(3), angles.sin().numpy().round(3), alpha=0.4, linewidth=1)
+        ax.plot(
+            angles.cos().numpy().round(3), angles.sin().numpy().round(3), alpha=0.4, linewidth=1
+        )
         for position, (right, up) in enumerate(torch.view_as_real(turns[:, n]).numpy().round(3)):
             ax.plot([0, right], [0, up], color="C1", alpha=0.6, linewidth=1)
-            if degrees[n] > 8 or position in (0, len(turns) - 1):  # else they would lie on each other
+            if degrees[n] > 8 or position in (
+                0,
+                len(turns) - 1,
+            ):  # else they would lie on each other
                 ax.text(1.2 * right, 1.2 * up, position, ha="center", va="center", fontsize=10)
         ax.set(
             xlim=(-1.4, 1.4),
@@ -67,7 +72,14 @@ def curves(name, x, ys, height=2.8, marks="-", ticks=None, levels=(), **axes):
     """Lines over x, ys by their names. ticks: texts by place. levels: dashed lines, names by height."""
     _, ax = plt.subplots(figsize=(WIDTH, height), num=name)
     for title, y in ys.items():
-        ax.plot(x, [float(f"{value:.3g}") for value in y], marks, linewidth=1.5, markersize=5, label=title)
+        ax.plot(
+            x,
+            [float(f"{value:.3g}") for value in y],
+            marks,
+            linewidth=1.5,
+            markersize=5,
+            label=title,
+        )
     ax.set(**axes)
     if ticks:
         ax.set_xticks(list(ticks), list(ticks.values()))
@@ -107,10 +119,13 @@ def lens(name, words, probs, layers, after):
         for column, word in enumerate(line):
             ax.text(column + 0.5, row + 0.5, label(word, 20 if few else 10), ha="center", va="center",
                     fontsize=10 if few else 8)  # fmt: skip
-    ax.set_xticks([n + 0.5 for n in range(len(layers))], [f"after layer {i}" if few else i for i in layers])
+    ax.set_xticks(
+        [n + 0.5 for n in range(len(layers))], [f"after layer {i}" if few else i for i in layers]
+    )
     ax.set_yticks([n + 0.5 for n in range(len(after))], [label(word) for word in after])
     ax.set(
-        ylabel="after the token", title="the likeliest next token, were this the last layer; bluer is surer"
+        ylabel="after the token",
+        title="the likeliest next token, were this the last layer; bluer is surer",
     )
 
 
@@ -135,7 +150,9 @@ def grid(name, shares, rows, columns, **axes):
     for row, line in enumerate(shares.tolist()):
         for column, share in enumerate(line):
             size = 10 if len(columns) < 17 else 7
-            ax.text(column + 0.5, row + 0.5, f"{share:.0%}", ha="center", va="center", fontsize=size)
+            ax.text(
+                column + 0.5, row + 0.5, f"{share:.0%}", ha="center", va="center", fontsize=size
+            )
     ax.set_xticks([n + 0.5 for n in range(len(columns))], columns)
     ax.set_yticks([n + 0.5 for n in range(len(rows))], rows)
     ax.tick_params(length=0)

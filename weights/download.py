@@ -15,7 +15,7 @@ import sys
 from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # run by its path
 
 MODELS = {  # name: repository, GB
     "llama3.2-1B-base": ("rasbt/llama-3.2-from-scratch", 2.5),
@@ -108,7 +108,9 @@ def fetch(repo, commit, file, folder):
 
     (part, done), url = part_of(folder, file), hf_hub_url(repo, file.rfilename, revision=commit)
     name = PurePosixPath(file.rfilename).name
-    with open(part, "ab" if done <= file.size else "wb") as out:  # too long: two runs wrote it at once
+    with open(
+        part, "ab" if done <= file.size else "wb"
+    ) as out:  # too long: two runs wrote it at once
         http_get(
             url,
             out,
@@ -133,13 +135,19 @@ def download(name, folder):
     """Brings a model's files into a folder of its own."""
     repo, source = MODELS[name][0], folder / "source.txt"
     label = f"{name} of https://huggingface.co/{repo}\n"
-    if folder.exists() and any(folder.iterdir()) and not (source.exists() and source.read_text() == label):
+    if (
+        folder.exists()
+        and any(folder.iterdir())
+        and not (source.exists() and source.read_text() == label)
+    ):
         raise ValueError(f"{folder}: there is something else in it; --to DIR takes another folder")
     from huggingface_hub.errors import HTTPError
 
     try:
         commit, files = find_files(name)
-        sizes = {path.name: path.stat().st_size for path in folder.iterdir()} if folder.exists() else {}
+        sizes = (
+            {path.name: path.stat().st_size for path in folder.iterdir()} if folder.exists() else {}
+        )
         missing = [f for f in files if sizes.get(PurePosixPath(f.rfilename).name) != f.size]
         needed = sum(file.size - part_of(folder, file)[1] for file in missing)
         there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
@@ -149,7 +157,10 @@ def download(name, folder):
                 f"{folder}: {needed / 1e9:.1f} GB are to come, only {free / 1e9:.1f} GB are free; make "
                 "room, or use --to DIR on another disk"
             )
-        held, to_come = len(files) - len(missing), f", {needed / 1e9:.1f} GB to come" if missing else ""
+        held, to_come = (
+            len(files) - len(missing),
+            f", {needed / 1e9:.1f} GB to come" if missing else "",
+        )
         print(f"{repo}: {held} of {len(files)} files are there already{to_come}", file=sys.stderr)
         folder.mkdir(parents=True, exist_ok=True)
         source.write_text(label)
@@ -161,10 +172,10 @@ def download(name, folder):
 
 def check(folder):
     """Words on what is in the folder, if the script can open it and all shapes are right."""
-    from weights.layouts import open_checkpoint
+    from parts.layouts import open_checkpoint
 
     try:
-        return open_checkpoint(folder, force=True)[-1]
+        return open_checkpoint(folder)[-1]
     except ValueError as problem:
         raise ValueError(f"{folder}: this came whole, but cannot be used: {problem}") from None
 
@@ -176,7 +187,9 @@ def short(path):
 
 def run(argv):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="which model, as --list calls it")
     parser.add_argument("--list", action="store_true", help="show the models")
@@ -193,14 +206,20 @@ def run(argv):
         wrong("which model? Give its NAME; --list shows them")
     known = {name.lower(): name for name in MODELS}
     if args.name.lower() not in known:
-        close = ", ".join(known[name] for name in difflib.get_close_matches(args.name.lower(), known))
-        raise ValueError(f"{args.name}: no such model; {f'is it {close}?' if close else '--list shows them'}")
+        close = ", ".join(
+            known[name] for name in difflib.get_close_matches(args.name.lower(), known)
+        )
+        raise ValueError(
+            f"{args.name}: no such model; {f'is it {close}?' if close else '--list shows them'}"
+        )
     name = known[args.name.lower()]
     folder = args.to.expanduser() if args.to else short(ROOT / "weights" / name)
     download(name, folder)
     print(f"{folder}: {check(folder)}; all shapes are right. To run it:", file=sys.stderr)
     chat = " --chat" if name.lower().endswith("instruct") else ""
-    script, weights = (shlex.quote(str(path)) for path in (short(ROOT / "llama3_from_scratch.py"), folder))
+    script, weights = (
+        shlex.quote(str(path)) for path in (short(ROOT / "llama3_from_scratch.py"), folder)
+    )
     print(f'python {script} "Hello" --weights {weights}{chat}')
 
 

@@ -21,16 +21,16 @@ from pathlib import Path
 import torch
 from tiktoken._educational import bpe_train
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by its path
 from llama3_from_scratch import (
-    chat_message,
     encode,
+    fill_params,
     forward,
     load_tokenizer,
-    read_params,  # noqa: E402
     special,
     weight_shapes,
 )
+from parts.chat import chat_message
 
 PARAMS = {
     "dim": 256,
@@ -51,7 +51,9 @@ PARAMS = {
 GIRLS = "Lily Mia Zoe Anna Ella Ruby Nora Ivy Ada Rosa Clara Luna".split()
 BOYS = "Tom Ben Max Sam Leo Finn Oscar Hugo Paul Otto Felix Theo".split()
 NAME_SHAPES = "cvc cvcv cvcvc cvccv cvcvcv".split()  # c: a consonant, v: a vowel
-ANIMALS = "llama fox bear rabbit cat dog owl mouse frog duck hedgehog squirrel alpaca pony lamb".split()
+ANIMALS = (
+    "llama fox bear rabbit cat dog owl mouse frog duck hedgehog squirrel alpaca pony lamb".split()
+)
 KINDS = "little small kind brave shy curious cheerful young clever sleepy".split()
 HOMES = [
     "in a quiet forest",
@@ -88,10 +90,26 @@ HIDEOUTS = [
     "next to the old mill",
     "in the hollow tree",
 ]
-FOODS = ["apples", "berries", "fresh hay", "warm bread", "carrots", "honey cakes", "sweet plums", "nuts"]
+FOODS = [
+    "apples",
+    "berries",
+    "fresh hay",
+    "warm bread",
+    "carrots",
+    "honey cakes",
+    "sweet plums",
+    "nuts",
+]
 SKILLS = ["swim", "sing", "climb", "dance", "whistle", "skate", "count the stars", "paint"]
 MOODS = ["happy", "proud", "glad", "very happy"]
-TIMES = ["One day", "One sunny morning", "One cold morning", "One evening", "One windy day", "The next day"]
+TIMES = [
+    "One day",
+    "One sunny morning",
+    "One cold morning",
+    "One evening",
+    "One windy day",
+    "The next day",
+]
 MORALS = [
     "From that day on, {a} and {b} were best friends.",
     "And so {a} and {b} became good friends.",
@@ -104,7 +122,11 @@ MORALS = [
 # what is asked, how it may also be asked, the answer
 FACTS = [
     ("What do llamas eat?", "What does a llama eat?", "Llamas eat grass and hay."),
-    ("Where do llamas live?", "Where do llamas come from?", "Llamas live in the mountains of South America."),
+    (
+        "Where do llamas live?",
+        "Where do llamas come from?",
+        "Llamas live in the mountains of South America.",
+    ),
     ("What is a llama?", "What are llamas?", "A llama is a woolly animal with a long neck."),
     ("What sound does a llama make?", "How do llamas talk?", "Llamas hum softly."),
     ("What do cows eat?", "What does a cow eat?", "Cows eat grass."),
@@ -117,16 +139,32 @@ FACTS = [
     ("What is the sun?", "What is the sun made of?", "The sun is a star, a ball of hot gas."),
     ("What is the moon?", "What goes around the earth?", "The moon goes around the earth."),
     ("How many days are in a week?", "How many days does a week have?", "A week has seven days."),
-    ("How many months are in a year?", "How many months does a year have?", "A year has twelve months."),
-    ("How many legs does a spider have?", "How many legs do spiders have?", "A spider has eight legs."),
+    (
+        "How many months are in a year?",
+        "How many months does a year have?",
+        "A year has twelve months.",
+    ),
+    (
+        "How many legs does a spider have?",
+        "How many legs do spiders have?",
+        "A spider has eight legs.",
+    ),
     ("How many legs does a llama have?", "How many legs do llamas have?", "A llama has four legs."),
     (
         "What is the capital of France?",
         "Which city is the capital of France?",
         "The capital of France is Paris.",
     ),
-    ("What is the capital of Peru?", "Which city is the capital of Peru?", "The capital of Peru is Lima."),
-    ("What is the capital of Italy?", "Which city is the capital of Italy?", "The capital of Italy is Rome."),
+    (
+        "What is the capital of Peru?",
+        "Which city is the capital of Peru?",
+        "The capital of Peru is Lima.",
+    ),
+    (
+        "What is the capital of Italy?",
+        "Which city is the capital of Italy?",
+        "The capital of Italy is Rome.",
+    ),
     (
         "What is the capital of Japan?",
         "Which city is the capital of Japan?",
@@ -143,7 +181,11 @@ FACTS = [
     ("What comes after summer?", "Which season comes after summer?", "Autumn comes after summer."),
     ("Who are you?", "What are you?", "I am a tiny Llama 3, made of four layers."),
     ("What is your name?", "Do you have a name?", "My name is Tiny Llama."),
-    ("How big are you?", "How many layers do you have?", "I have four layers. Real ones have many more."),
+    (
+        "How big are you?",
+        "How many layers do you have?",
+        "I have four layers. Real ones have many more.",
+    ),
     ("What can you do?", "Can you help me?", "I can tell stories and answer easy questions."),
     ("How are you?", "How are you today?", "I am fine, thank you."),
     ("Thank you!", "Thanks!", "You are welcome!"),
@@ -190,15 +232,21 @@ def character(rng, names=slice(None)):
     name = rng.choice((GIRLS if girl else BOYS)[names])
     if rng.random() < 0.4:
         letters = {"c": "bcdfghjklmnprstvwxyz", "v": "aeiou"}
-        name = "".join(rng.choice(letters[letter]) for letter in rng.choice(NAME_SHAPES)).capitalize()
+        name = "".join(
+            rng.choice(letters[letter]) for letter in rng.choice(NAME_SHAPES)
+        ).capitalize()
     return name, ("she", "her") if girl else ("he", "his"), rng.choice(ANIMALS)
 
 
 def story(rng, hero=None):
     """A story of some 70 to 130 tokens, in which names, things and places are said again."""
-    a, (she, her), animal = hero or character(rng, slice(0, 6))  # six are heroes, the others friends
+    a, (she, her), animal = hero or character(
+        rng, slice(0, 6)
+    )  # six are heroes, the others friends
     friends = iter(lambda: character(rng, slice(6, 12)), None)
-    b, (he, his), other = next(friend for friend in friends if friend[0] != a and friend[2] != animal)
+    b, (he, his), other = next(
+        friend for friend in friends if friend[0] != a and friend[2] != animal
+    )
     kind, home, thing, hideout = (rng.choice(x) for x in (KINDS, HOMES, THINGS, HIDEOUTS))
     food, skill, mood, when = (rng.choice(x) for x in (FOODS, SKILLS, MOODS, TIMES))
     She, He = she.capitalize(), he.capitalize()
@@ -224,7 +272,10 @@ def story(rng, hero=None):
         f'"Have you seen my {thing}?" asked {a}.',
         f'"Yes," said {b}, "it is {hideout}."',
         rng.choice(
-            [f"{a} found the {thing} and was {mood} again.", f"They went there, and {a} found the {thing}."]
+            [
+                f"{a} found the {thing} and was {mood} again.",
+                f"They went there, and {a} found the {thing}.",
+            ]
         ),
     ]
     hungry = [
@@ -234,7 +285,10 @@ def story(rng, hero=None):
         f'"May I have some {food}?" asked {a}.',
         f'"Of course," said {b}. "We can share."',
         rng.choice(
-            [f"They sat down {hideout} and ate the {food}.", f"So {a} and {b} ate the {food} together."]
+            [
+                f"They sat down {hideout} and ate the {food}.",
+                f"So {a} and {b} ate the {food} together.",
+            ]
         ),
         rng.choice([f'"You are very kind, {b}," said {a}.', f"{a} was {mood}."]),
     ]
@@ -245,7 +299,10 @@ def story(rng, hero=None):
         f'"Can you teach me to {skill}?" asked {a}.',
         f'"Yes, I can," said {b}. "Do not be afraid."',
         rng.choice(
-            [f"{a} tried and tried, and at last {she} could {skill}!", f"Soon {a} could {skill} very well."]
+            [
+                f"{a} tried and tried, and at last {she} could {skill}!",
+                f"Soon {a} could {skill} very well.",
+            ]
         ),
         rng.choice([f"{a} was {mood}.", f'"Thank you, {b}!" said {a}.']),
     ]
@@ -265,7 +322,11 @@ def story(rng, hero=None):
         f"{He} was {mood} and gave {a} some {food}.",
     ]
     return " ".join(
-        [opening, *rng.choice([lost, hungry, learn, storm, gift]), rng.choice(MORALS).format(a=a, b=b)]
+        [
+            opening,
+            *rng.choice([lost, hungry, learn, storm, gift]),
+            rng.choice(MORALS).format(a=a, b=b),
+        ]
     )
 
 
@@ -319,7 +380,9 @@ def turn(rng, known):
                 f"Tell me about {a} {hero[2]} called {hero[0]}.",
             ]
         ), story(rng, hero)
-    return rng.choice(UNKNOWN).format(rng.choice(STRANGE)), "I do not know that. I am only a tiny llama."
+    return rng.choice(UNKNOWN).format(
+        rng.choice(STRANGE)
+    ), "I do not know that. I am only a tiny llama."
 
 
 def document(rng, tokenizer):
@@ -334,7 +397,9 @@ def document(rng, tokenizer):
     known = {}
     for _ in range(rng.choice((1, 1, 2, 3))):
         question, answer = turn(rng, known)
-        ids += chat_message(tokenizer, "user", question) + chat_message(tokenizer, "assistant", answer)
+        ids += chat_message(tokenizer, "user", question) + chat_message(
+            tokenizer, "assistant", answer
+        )
     return ids[:320]
 
 
@@ -346,13 +411,17 @@ def train_tokenizer(path, ranks):
     rng = random.Random(0)
     texts = [story(rng) if n % 3 else " ".join(turn(rng, {})) for n in range(600)]
     texts += [q + " " + r + " " + a for q, r, a in FACTS] + [("T" + FAMOUS + " t" + FAMOUS)] * 5
-    texts += ["user assistant system \n\n" + s for s in SYSTEMS] * 3 + [" ".join(GIRLS + BOYS + STRANGE)] * 2
+    texts += ["user assistant system \n\n" + s for s in SYSTEMS] * 3 + [
+        " ".join(GIRLS + BOYS + STRANGE)
+    ] * 2
     pattern = (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
     merges = bpe_train("\n\n".join(texts), ranks, pattern, visualise=None)
-    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in merges.items()))
+    path.write_text(
+        "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in merges.items())
+    )
 
 
 def initial_weights(params, seed):
@@ -382,18 +451,27 @@ def batches(tokenizer, seed, rows):
 def loss_of(batch, weights, params):
     """Mean cross entropy in nats a token of predicting each next token."""
     logits = forward(batch[:, :-1].clamp(min=0), weights, params)
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=-1)
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch[:, 1:].flatten(), ignore_index=-1
+    )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "tiny", help="folder (default weights/tiny)"
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "tiny",
+        help="folder (default weights/tiny)",
     )
     parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--rows", type=int, default=24, help="texts a step (default 24)")
-    parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate (default 0.002)")
-    parser.add_argument("--show-texts", type=int, metavar="N", help="print N training texts and stop")
+    parser.add_argument(
+        "--rate", type=float, default=2e-3, help="highest learning rate (default 0.002)"
+    )
+    parser.add_argument(
+        "--show-texts", type=int, metavar="N", help="print N training texts and stop"
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -408,7 +486,7 @@ def main():
             print(f"{len(ids)} tokens: {tokenizer.decode(ids)}\n")
         return
     (args.out / "params.json").write_text(json.dumps(PARAMS, indent=2) + "\n")
-    params = read_params(args.out)
+    params = fill_params(PARAMS)
     weights = initial_weights(params, seed=3)
     print(f"{sum(w.numel() for w in weights.values()) / 1e6:.2f} M parameters", flush=True)
 
@@ -436,7 +514,8 @@ def main():
         mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
         if step % 50 == 0:
             print(
-                f"step {step:5}  loss {mean:.4f}  rate {rate:.5f}  {time.time() - started:6.0f} s", flush=True
+                f"step {step:5}  loss {mean:.4f}  rate {rate:.5f}  {time.time() - started:6.0f} s",
+                flush=True,
             )
 
     final = {name: w.detach().bfloat16() for name, w in weights.items()}

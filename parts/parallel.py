@@ -2,15 +2,17 @@
 
     torchrun --nproc-per-node 8 llama3_from_scratch.py "prompt" --weights DIR
 
-Each of N processes holds H/N whole heads, F/N units of the feed-forward and V/N rows of embedding and head.
-It runs the script's own `forward` on them, with params that say so; `summed` there is where they meet.
-Source of the cut: Megatron-LM (Shoeybi et al. 2019), as in llama-models, models/llama3/model.py. This file
-brings the processes together, cuts each one's share, lets process 0 alone read and print, and ends all if
-one fails.
+Each of N processes holds H/N whole heads, F/N units of the feed-forward and V/N rows of the head, and the whole
+embedding, of which a token reads one row. It runs the script's own `forward` on them, with params that say so
+and a probe (`meeting`) in which they meet. Source of the cut: Megatron-LM (Shoeybi et al. 2019), as in
+llama-models, models/llama3/model.py. This file brings the processes together, cuts each one's share, lets
+process 0 alone read and print, and ends all if one fails.
 """
 
+import argparse
 import bdb
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -22,33 +24,35 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import pad
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from llama3_from_scratch import beside, is_tied, processes, weight_shapes
+import llama3_from_scratch as llama
+from parts import first_line, processes
+from parts.inside import compose
 
-first_line = beside("weights/layouts.py").first_line
 PATIENCE = 20  # seconds without a sign of life after which a process is given up
-CODE = ("llama3_from_scratch.py", "weights/layouts.py") + tuple(  # what must be the same everywhere
-    f"tools/{name}.py" for name in ("parallel", "inside", "compiled", "batch", "conversation")
-)
+ROOT = Path(__file__).resolve().parents[1]
 
 
 # ------------------------------------------------------------------------------------ each one's share
 
 
-def share_of_params(params, N):
+def share_of_params(params: llama.Params, N: int) -> llama.Params:
     """The sizes of one of N equal shares; "whole" holds those of the model. ValueError if they do not divide.
 
     With more processes than key/value heads, each of these is held by several.
     """
     H, K, F, V = (params[key] for key in ("n_heads", "n_kv_heads", "ffn_dim", "vocab_size"))
 
-    def fits(n):
+    def fits(n: int) -> bool:
         return not (H % n or F % n or V % n or min(K % n, n % K))
 
     if not fits(N):
@@ -57,11 +61,17 @@ def share_of_params(params, N):
             f"{N} processes cannot share {H} heads, {K} key/value heads, ffn_dim {F} and vocab_size {V} "
             f"evenly; these numbers can: {', '.join(map(str, others))}"
         )
-    local = {"n_heads": H // N, "n_kv_heads": max(1, K // N), "ffn_dim": F // N, "vocab_size": V // N}
+    local = {"n_heads": H // N, "n_kv_heads": max(1, K // N), "ffn_dim": F // N}
     return params | local | {"whole": params}
 
 
-def slab(slices, held, dim, a, b):
+def share_of_shapes(params: llama.Params, N: int) -> dict[str, tuple[int, ...]]:
+    """weight_shapes of one of N shares; params: from share_of_params."""
+    V, D = params["vocab_size"], params["dim"]
+    return llama.weight_shapes(params) | {"output.weight": (V // N, D)}
+
+
+def slab(slices: list[Tensor], held: int, dim: int, a: int, b: int) -> Tensor:
     """Rows (dim 0) or columns (dim 1) a to b of a matrix in slices that are joined on dim `held`.
 
     A view of the mapped file where one slice has them all: nothing is read yet. Of columns the disk will
@@ -71,65 +81,80 @@ def slab(slices, held, dim, a, b):
         return slices[0].narrow(dim, a, b - a)
     if held != dim:
         return torch.cat([w.narrow(dim, a, b - a) for w in slices], held)
-    found = []
+    pieces = []
     for n, w in enumerate(slices):
         size = w.shape[dim]
         first, last = max(a, n * size), min(b, (n + 1) * size)
         if first < last:
-            found.append(w.narrow(dim, first - n * size, last - first))
-    return found[0] if len(found) == 1 else torch.cat(found, dim)
+            pieces.append(w.narrow(dim, first - n * size, last - first))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
 
-def share_of_shards(shards, params, held, rank, N, convert=None):
-    """What process `rank` of N has of a checkpoint, as load_weights takes it: shards, params, convert.
+def share_of_tensor(
+    name: str, slices: list[Tensor], params: llama.Params, rank: int, N: int
+) -> Tensor:
+    """What process `rank` of N has of one tensor, from its slices in all shards."""
+    axis = llama.SHARD_AXIS.get(name.split(".")[-2])
+    if axis is None or name == "tok_embeddings.weight":  # everyone has the whole
+        return llama.joined(name, slices)
+    size = share_of_shapes(params, N)[name][axis]
+    start = rank * size
+    if name.endswith(("attention.wk.weight", "attention.wv.weight")):  # may be held by several
+        start = rank * params["whole"]["n_kv_heads"] // N * params["head_dim"]
+    return slab(slices, axis, axis, start, start + size)
 
-    shards, convert: of the whole model. params: from share_of_params. held: from check_shapes. Where the
-    files hold several shards for one process, so does the result, for load_weights to join one by one.
+
+def load_share(
+    shards: dict[str, llama.Weights],
+    params: llama.Params,
+    device: str,
+    dtype: torch.dtype,
+    convert: Callable[[str, Tensor], Tensor] | None = None,
+    place: tuple[int, int] | None = None,
+) -> llama.Weights:
+    """One process's share of a checkpoint, in memory of its own: the mapped files, which hold all, can go.
+
+    params: from share_of_params. convert: as of layouts. place: rank and N, if not this process's.
     """
-    whole, E, S = params["whole"], params["head_dim"], len(shards)
-    names = [name for name in weight_shapes(whole) if name in held]
-    parts = S // N if S % N == 0 and params["n_kv_heads"] * N == whole["n_kv_heads"] else 1
-    share = [{} for _ in range(parts)]
-    for name in names:
-        shape = weight_shapes(params)[name]
-        slices = [shard[name] for shard in shards.values()]
-        if len(shape) == 1:  # norms: everyone has the whole
-            for part in share:
-                part[name] = slices[0]
+    rank, N = place or processes()
+    tied = "output.weight" not in next(iter(shards.values()))
+    weights: llama.Weights = {}
+    for name in llama.weight_shapes(params):
+        if tied and name == "output.weight":
+            rows = params["vocab_size"] // N
+            weights[name] = weights["tok_embeddings.weight"].narrow(0, rank * rows, rows)
             continue
-        dim = int(name.endswith(("attention.wo.weight", "feed_forward.w2.weight")))
-        start, size = rank * shape[dim], shape[dim] // parts
-        if name.endswith(("attention.wk.weight", "attention.wv.weight")):  # may be held by several
-            start = rank * whole["n_kv_heads"] // N * E
-        for n, part in enumerate(share):
-            part[name] = slab(slices, held[name], dim, start + n * size, start + (n + 1) * size)
-
-    def own_memory(name, w):  # so that the mapped file, which holds the others' shares too, can go
+        w = share_of_tensor(name, [shard[name] for shard in shards.values()], params, rank, N)
         w = convert(name, w) if convert else w
-        joined = parts > 1 and w.dim() > 1  # these are copies already
-        return w if joined else w.clone(memory_format=torch.contiguous_format)
-
-    return {f"part {n} for process {rank}": part for n, part in enumerate(share)}, own_memory
+        weights[name] = w.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
+    return weights
 
 
-def check_same_model(params, shards, tokenizer):
+def check_same_model(
+    params: llama.Params, shards: dict[str, llama.Weights], tokenizer: Any
+) -> None:
     """ValueError if the processes were not started on the same code and the same model.
 
     Of the weights eight places of each tensor are compared, from its begin to its end: eight pages to read.
     """
-    numbers, text = hashlib.sha256(), hashlib.sha256()
+    numbers, text, code = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     for shard in shards.values():
         for name, w in shard.items():
-            places = w[:: max(1, len(w) // 8)] if w.dim() == 1 else w[:: max(1, len(w) // 8), :64]
+            places = w[:: max(1, len(w) // 8)]
+            if w.dim() == 2:
+                places = places[:, :64]
             numbers.update(f"{name} {w.dtype} {tuple(w.shape)} {places.tolist()}".encode())
     for token in range(tokenizer.n_vocab - 256):
         text.update(tokenizer.decode_single_token_bytes(token) + b"\n")
-    root = Path(__file__).resolve().parents[1]
-    code = b"".join((root / name).read_bytes() for name in CODE)
+    for path in [ROOT / "llama3_from_scratch.py", *sorted((ROOT / "parts").glob("*.py"))]:
+        code.update(path.read_bytes())
     agree_on(
         {
-            "version of Python or PyTorch": (sys.version_info[:2], torch.__version__.partition("+")[0]),
-            "version of this program": hashlib.sha256(code).hexdigest(),
+            "version of Python or PyTorch": (
+                sys.version_info[:2],
+                torch.__version__.partition("+")[0],
+            ),
+            "version of this program": code.hexdigest(),
             "params": sorted((key, str(value)) for key, value in params.items()),
             "tokenizer": text.hexdigest(),
             "layout": f"{len(shards)} files of weights",
@@ -138,28 +163,20 @@ def check_same_model(params, shards, tokenizer):
     )
 
 
-def agree_on(things):
+def agree_on(things: dict[str, Any]) -> None:
     """ValueError that names what a process has otherwise than process 0. things: a dict of plain values."""
-    everyones = [None] * processes()[1]
+    everyones: list[Any] = [None] * processes()[1]
     dist.all_gather_object(everyones, (socket.gethostname(), things))
     host, expected = everyones[0]
     for rank, (other, found) in enumerate(everyones):
         for what in expected:
             if found.get(what) != expected[what]:
-                raise ValueError(f"process {rank} on {other} has another {what} than process 0 on {host}")
+                raise ValueError(
+                    f"process {rank} on {other} has another {what} than process 0 on {host}"
+                )
 
 
-def own_share(params, shards, held, tokenizer, convert):
-    """This process's share of a checkpoint that was opened: params, shards, convert, for load_weights."""
-    check_same_model(params, shards, tokenizer)
-    rank, N = processes()
-    local = share_of_params(params, N)
-    tied = is_tied(next(iter(shards.values())))
-    held = {name: dim for name, dim in held.items() if not (tied and name == "output.weight")}
-    return local, *share_of_shards(shards, local, held, rank, N, convert)
-
-
-def one_after_the_other(work):
+def one_after_the_other(work: Callable[[], Any]) -> Any:
     """The result of work(), which the first process of each machine has finished before the others begin."""
     if int(os.environ["LOCAL_RANK"]):
         dist.barrier()
@@ -169,19 +186,67 @@ def one_after_the_other(work):
     return done
 
 
-# ------------------------------------------------------------------------------------ whole tensors again
+# ------------------------------------------------------------------------------------ where they meet
 
 
-def gathering(probe, params):
+def side_by_side(x: Tensor) -> Tensor:
+    """What the processes hold of the last dim, joined: B T V/N to B T V."""
+    rank, N = processes()
+    width = x.shape[-1]
+    x = pad(x, (rank * width, (N - 1 - rank) * width))
+    dist.all_reduce(x)
+    return x
+
+
+def meeting(forward: llama.Forward) -> llama.Forward:
+    """forward for one of several processes: a probe sums what wo and w2 gave, and joins the logits.
+
+    Another probe sees each tensor after they have met.
+    """
+
+    def meet(name: str, dims: str, tensor: Tensor) -> Tensor:
+        if name.endswith(("attention.out", "feed_forward.out")):
+            dist.all_reduce(tensor)
+        if name == "logits":
+            tensor = side_by_side(tensor)
+        return tensor
+
+    @functools.wraps(forward)
+    def together(*arguments: Any, probe: llama.Probe | None = None, **options: Any) -> Tensor:
+        if probe is None:
+            return forward(*arguments, probe=meet, **options)
+        return forward(*arguments, probe=compose(meet, probe), **options)
+
+    return together
+
+
+def put_together(forward: llama.Forward, sample: Callable[..., Tensor]) -> None:
+    """Lets the script's forward and sample be those of several processes, wherever they are called.
+
+    Process 0 decides which token is drawn: others may round otherwise, or have no seed.
+    """
+
+    def drawn_by_process_0(*arguments: Any, **options: Any) -> Tensor:
+        tokens = sample(*arguments, **options)
+        dist.broadcast(tokens, 0)
+        return tokens
+
+    llama.forward = meeting(forward)
+    llama.sample = drawn_by_process_0
+
+
+def gathering(probe: llama.Probe, params: llama.Params) -> llama.Probe:
     """A probe that shows `probe` the whole of tensors of which each process has some heads or units."""
     N, K = processes()[1], params["whole"]["n_kv_heads"]
 
-    def outer(name, dims, tensor):
+    def outer(name: str, dims: str, tensor: Tensor) -> Tensor:
         letters = dims.split()
         axis = next((n for n, letter in enumerate(letters) if letter in "HKF"), None)
         whole = tensor
         if axis is not None:
-            parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(N)]
+            parts = [
+                torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(N)
+            ]
             dist.all_gather(parts, tensor.contiguous())
             step = max(1, N // K) if letters[axis] == "K" else 1
             whole = torch.cat(parts[::step], axis)
@@ -194,21 +259,21 @@ def gathering(probe, params):
 # ------------------------------------------------------------------------------------ process 0 reads
 
 
-def of_process_0(thing):
+def of_process_0(thing: Any) -> Any:
     """The object that process 0 gave."""
     box = [thing]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
 
 
-def lines_of_process_0(file):
+def lines_of_process_0(file: Any) -> Iterator[str]:
     """Lines of a file that only process 0 has, such as a terminal, as they come."""
     lines = iter(file)
     while (line := of_process_0(next(lines, None) if processes()[0] == 0 else None)) is not None:
         yield line
 
 
-def share_input(args):
+def share_input(args: argparse.Namespace) -> None:
     """Puts what process 0 finds at its standard input, or in --prompts FILE, at everyone's."""
     rank, _ = processes()
     terminal, content = False, b""
@@ -227,21 +292,21 @@ def share_input(args):
 # ------------------------------------------------------------------------------------ one fails, all end
 
 
-def within(seconds, work):
+def within(seconds: float, work: Callable[[], Any]) -> Any:
     """What work() returns; None if it takes longer or the store has gone (a client may wait for ever)."""
-    found = []
+    answers = []
 
-    def ask():
+    def ask() -> None:
         with contextlib.suppress(dist.DistError):
-            found.append(work())
+            answers.append(work())
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)
-    return found[0] if found else None
+    return answers[0] if answers else None
 
 
-def ending(store, stderr, half_written):
+def ending(store: Any, stderr: Any, half_written: list[Path]) -> Callable[..., None]:
     """A function end(text, code): this process ends, and with it all others; text is told once a machine.
 
     What the first to fail has to say is left in the store, where the others' `watch` finds it.
@@ -270,7 +335,9 @@ def ending(store, stderr, half_written):
     return end
 
 
-def watch(store, end, wakeup, done):
+def watch(
+    store: Any, end: Callable[..., None], wakeup: socket.socket, done: threading.Event
+) -> None:
     """Runs beside the computation: signs of life to the store, a look at those of the next process.
 
     Signals come here too (`wakeup` is readable), since the main thread may wait for others inside PyTorch.
@@ -302,29 +369,42 @@ def watch(store, end, wakeup, done):
             if signal.SIGINT in signals:
                 end("interrupted", 130)
             if signal.SIGTERM in signals:
-                end("another process has ended, or all were told to; torchrun's own report says which", 1)
+                end(
+                    "another process has ended, or all were told to; torchrun's own report says which",
+                    1,
+                )
 
 
-def meeting_place(rank):
+def meeting_place(rank: int) -> Any:
     """The store where all processes find each other: torchrun's, or one that process 0 opens."""
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     hosting = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
-        return dist.TCPStore(host, port, None, hosting, timedelta(seconds=20), wait_for_workers=False)
+        return dist.TCPStore(
+            host, port, None, hosting, timedelta(seconds=20), wait_for_workers=False
+        )
     except dist.DistError as problem:
         what = f"nobody answers at {host}:{port}, where process 0 should be"
         raise ValueError(f"{what} ({first_line(problem)})") from None
 
 
-def run_together(parse, argv, run):
+def run_together(
+    parse: Callable[..., argparse.Namespace],
+    argv: list[str] | None,
+    run: Callable[[argparse.Namespace], None],
+) -> int:
     """The script's parse and run, in each process that torchrun has started. Returns the exit code."""
     for key in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         if key not in os.environ:
-            raise ValueError(f"WORLD_SIZE is set, but {key} is not; torchrun sets all that is needed")
+            raise ValueError(
+                f"WORLD_SIZE is set, but {key} is not; torchrun sets all that is needed"
+            )
     try:
         rank, N, local = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     except ValueError:
-        raise ValueError("RANK, WORLD_SIZE and LOCAL_RANK must be numbers; torchrun sets them") from None
+        raise ValueError(
+            "RANK, WORLD_SIZE and LOCAL_RANK must be numbers; torchrun sets them"
+        ) from None
     wakeup, alarm = socket.socketpair()
     alarm.setblocking(False)
     signal.set_wakeup_fd(alarm.fileno(), warn_on_full_buffer=False)
@@ -351,14 +431,21 @@ def run_together(parse, argv, run):
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
         group = dist.PrefixStore(f"llama3 group {attempt}", store)
         try:
-            dist.init_process_group(backend, store=group, rank=rank, world_size=N, timeout=timedelta(days=10))
+            dist.init_process_group(
+                backend, store=group, rank=rank, world_size=N, timeout=timedelta(days=10)
+            )
         except RuntimeError as problem:
             advice = "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network interface"
-            raise ValueError(f"the processes cannot connect ({first_line(problem)}); {advice}") from None
+            raise ValueError(
+                f"the processes cannot connect ({first_line(problem)}); {advice}"
+            ) from None
         args = parse(argv)
         if args.save_trace and rank == 0:
             half_written.append(Path(f"{Path(args.save_trace).resolve()}.part"))
-        flags = {"--" * (key != "prompt") + key.replace("_", "-"): value for key, value in vars(args).items()}
+        flags = {
+            "--" * (key != "prompt") + key.replace("_", "-"): value
+            for key, value in vars(args).items()
+        }
         own_affair = ("--weights", "--cache-dir")  # folders may differ from machine to machine
         agree_on({flag: value for flag, value in flags.items() if flag not in own_affair})
         if args.device == "mps":
@@ -366,9 +453,12 @@ def run_together(parse, argv, run):
         if args.device == "cuda":
             if local >= (count := torch.cuda.device_count()):
                 here = f"{os.environ.get('LOCAL_WORLD_SIZE', 'the')} processes on {socket.gethostname()}"
-                raise ValueError(f"{here}, which has {count} GPUs; --nproc-per-node {count}, or --device cpu")
+                raise ValueError(
+                    f"{here}, which has {count} GPUs; --nproc-per-node {count}, or --device cpu"
+                )
             torch.cuda.set_device(local)
         share_input(args)
+        put_together(llama.forward, llama.sample)
         run(args)
         sys.stdout.flush()
         dist.barrier()  # who ends early would be missed
@@ -386,10 +476,14 @@ def run_together(parse, argv, run):
         end(f"{where}: {text}" if rank else text)
     except BaseException as problem:
         text = first_line(problem)
-        lost = isinstance(problem, dist.DistError) or re.search("gloo|nccl|peer", text, re.IGNORECASE)
+        lost = isinstance(problem, dist.DistError) or re.search(
+            "gloo|nccl|peer", text, re.IGNORECASE
+        )
         if isinstance(problem, RuntimeError) and lost:
             end(f"{where} has lost another one, which may have been killed ({text})", 1)
-        if not isinstance(problem, RuntimeError) or "memory" not in text:  # then it is a mistake of ours
+        if (
+            not isinstance(problem, RuntimeError) or "memory" not in text
+        ):  # then it is a mistake of ours
             traceback.print_exception(problem, file=stderr)
         end(f"{where}: {text}", 1)
     else:

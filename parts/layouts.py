@@ -1,11 +1,11 @@
 """The door: checkpoints in any layout come in with Meta's names and order of rows, checked, or not at all.
 
-llama3_from_scratch.py reads Meta's own layout by itself. With this file beside it, it also reads Hugging Face
-folders, the .pth files of LLMs-from-scratch (rasbt), Llama 2's tokenizer and remote folders; it says which
-release it has before it, whether memory is enough, and what is wrong with a file. The script calls
-`open_checkpoint` and nothing else.
+Meta's own layout, Hugging Face folders, the .pth files of LLMs-from-scratch (rasbt), Llama 2's tokenizer and
+remote folders. It says which release it has before it, whether memory is enough, and what is wrong with a file.
+The script calls `load_model`.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -13,25 +13,27 @@ import math
 import os
 import re
 import sys
+import time
 import types
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import blobfile
 import safetensors
 import torch
+from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from llama3_from_scratch import (
-    fill_params,
-    is_tied,
-    load_tokenizer,
-    make_tokenizer,
-    meta_files,
-    open_pth,
-    processes,
-    weight_shapes,
-)
+import llama3_from_scratch as llama
+from llama3_from_scratch import Params, Weights
+from parts import first_line, processes
+
+Convert = Callable[[str, Tensor], Tensor]  # what another layout does to a tensor of this name
+Shards = dict[str, Weights]  # tensors by Meta's names, by file
+Opened = tuple[
+    Params, Shards, Any, Convert | None, str
+]  # with the tokenizer, and words for the report
 
 NAMES = [  # Meta's, Hugging Face's, rasbt's; each followed by ".weight"
     ("tok_embeddings", "model.embed_tokens", "tok_emb"),
@@ -50,19 +52,22 @@ NAMES = [  # Meta's, Hugging Face's, rasbt's; each followed by ".weight"
 META, HUGGING_FACE, RASBT = range(3)
 
 
-def metas_names(tensors, dialect):
+def metas_names(tensors: Weights, dialect: int) -> Weights:
     """The same tensors under Meta's names. A name not in the table stays, for the script to refuse."""
-    table, metas = {names[dialect]: names[META] for names in NAMES}, {names[META] for names in NAMES}
+    table, metas = (
+        {names[dialect]: names[META] for names in NAMES},
+        {names[META] for names in NAMES},
+    )
     renamed = {}
     for name, tensor in tensors.items():
-        if name.endswith("rotary_emb.inv_freq"):  # old Hugging Face files hold it; the script computes it
+        if name.endswith(
+            "rotary_emb.inv_freq"
+        ):  # old Hugging Face files hold it; the script computes it
             continue
         layer = re.search(r"\.(\d+)\.", name)
-        pattern = (
-            name.removesuffix(".weight").replace(layer[0], ".{}.", 1)
-            if layer
-            else name.removesuffix(".weight")
-        )
+        pattern = name.removesuffix(".weight")
+        if layer:
+            pattern = pattern.replace(layer[0], ".{}.", 1)
         if pattern in metas:
             raise ValueError(
                 f"{name} is one of Meta's names; in Meta's layout the file is consolidated.00.pth"
@@ -72,14 +77,14 @@ def metas_names(tensors, dialect):
     return renamed
 
 
-def rows_in_pairs(params):
+def rows_in_pairs(params: Params) -> Convert:
     """A function (name, tensor) -> tensor: brings rows of wq and wk from two halves to neighbouring pairs.
 
     Hugging Face and rasbt rotate the first half of a head against the second, Meta each number against its
     neighbour; only these two matrices differ (transformers, convert_llama_weights_to_hf.py).
     """
 
-    def convert(name, w):
+    def convert(name: str, w: Tensor) -> Tensor:
         if not name.endswith(("attention.wq.weight", "attention.wk.weight")):
             return w
         return w.view(-1, 2, params["head_dim"] // 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
@@ -90,11 +95,7 @@ def rows_in_pairs(params):
 # ------------------------------------------------------------------------------------ what is wrong with it?
 
 
-def first_line(problem):
-    return next(iter(str(problem).strip().splitlines()), type(problem).__name__)[:150]
-
-
-def explained(path):
+def explained(path: Path) -> str | None:
     """What a file is that a failed download has left; None if it is none of these."""
     with open(path, "rb") as file:
         start = file.read(64).lstrip()
@@ -104,14 +105,17 @@ def explained(path):
         return "a web page, left by a download that was refused; download it again"
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer; 'git lfs pull' gets the file itself"
+    return None
 
 
-def explain(path, expected, problem):
+def explain(path: Path, expected: str, problem: object) -> ValueError:
     """A ValueError that says what a file is instead: downloads may leave a web page or a Git LFS pointer."""
     if not path.exists():
         return ValueError(f"{path}: no such file")
     if not path.is_file():
-        return ValueError(f"{path}: expected {expected}, found {'a folder' if path.is_dir() else 'no file'}")
+        return ValueError(
+            f"{path}: expected {expected}, found {'a folder' if path.is_dir() else 'no file'}"
+        )
     try:
         found = explained(path)
     except OSError as reason:
@@ -120,7 +124,7 @@ def explain(path, expected, problem):
     return ValueError(f"{path}: expected {expected}, found {found}")
 
 
-def read_json(path):
+def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, as a dict."""
     try:
         if not path.is_file():  # a pipe would be waited for
@@ -153,8 +157,11 @@ NUMBERS = {  # key of params.json: (type, smallest, largest)
 }
 
 
-def check_params(given, source, names=None):
+def check_params(given: Params, source: object, names: dict[str, str] | None = None) -> Params:
     """fill_params after a look at every value. names: what keys are called in the file, if not as Meta's."""
+    if not names:
+        with contextlib.suppress(TypeError, ArithmeticError):
+            llama.fill_params(given, source)  # what it finds wrong it says as it does alone
     known = {*NUMBERS, "use_scaled_rope", "rope_scaling_from", "max_batch_size"}
     unknown = [key for key in given if key not in known and given[key] is not None]
     if unknown:
@@ -163,7 +170,9 @@ def check_params(given, source, names=None):
             "nothing, take it out of the file"
         )
     if given.get("use_scaled_rope") not in (None, True, False):
-        raise ValueError(f"{source}: use_scaled_rope is {given['use_scaled_rope']!r}, expected true or false")
+        raise ValueError(
+            f"{source}: use_scaled_rope is {given['use_scaled_rope']!r}, expected true or false"
+        )
     for key, (kind, low, high) in NUMBERS.items():
         required = key in ("dim", "n_layers", "n_heads", "vocab_size")
         if given.get(key) is None and not required:
@@ -175,7 +184,7 @@ def check_params(given, source, names=None):
                 f"{'missing' if value is None else repr(value)[:40]}, "
                 f"expected a {'whole ' * (kind is int)}number from {low:g} to {high:g}"
             )
-    params = fill_params(given)
+    params = llama.fill_params(given, source)
     H, K, E = params["n_heads"], params["n_kv_heads"], params["head_dim"]
     if H % K or E % 2 or not E or ("head_dim" not in given and params["dim"] % H):
         raise ValueError(
@@ -183,11 +192,13 @@ def check_params(given, source, names=None):
             "together"
         )
     if params["rope_high_freq_factor"] <= params["rope_low_freq_factor"]:
-        raise ValueError(f"{source}: the high frequency factor of RoPE scaling must be above the low one")
+        raise ValueError(
+            f"{source}: the high frequency factor of RoPE scaling must be above the low one"
+        )
     return params
 
 
-def check_tensors(shards):
+def check_tensors(shards: Shards) -> None:
     """Plain numbers in a type to compute in, norms alike in all shards; shapes are the script's affair."""
     first = next(iter(shards.values()))
     for file, shard in shards.items():
@@ -201,55 +212,72 @@ def check_tensors(shards):
                     f"{file}: {name} is {w.dtype}, {w.layout}, on {w.device}; expected plain float32, "
                     "bfloat16 or float16 numbers".replace("torch.", "")
                 )
-            if w.dim() == 1 and shard is not first and name in first and not torch.equal(w, first[name]):
+            if (
+                w.dim() == 1
+                and shard is not first
+                and name in first
+                and not torch.equal(w, first[name])
+            ):
                 raise ValueError(
                     f"{file}: {name} is not that of the first shard; they are of different models"
                 )
 
 
-def check_shapes(shards, params):
-    """Checks every tensor's shape, before anything is read. Returns along which dim to join slices, by name.
+def is_tied(shard: Weights) -> bool:
+    """Is the head the embedding? Meta's 3.2 files hold it as the same memory, others not at all."""
+    head = shard.get("output.weight")
+    embedding = shard.get("tok_embeddings.weight")
+    return head is None or (embedding is not None and head.data_ptr() == embedding.data_ptr())
 
-    None: a shard has the whole. The head is left out if it is tied to the embedding.
-    """
-    shapes, N, first = weight_shapes(params), len(shards), next(iter(shards.values()))
-    if is_tied(first):
+
+def check_shapes(shards: Shards, params: Params) -> None:
+    """ValueError unless each shard has its slice of every tensor, and none that does not belong there."""
+    shapes = llama.weight_shapes(params)
+    if is_tied(next(iter(shards.values()))):
         del shapes["output.weight"]
-    dims = {}
     for (name, shape), (file, shard) in itertools.product(shapes.items(), shards.items()):
-        found = tuple(shard[name].shape) if name in shard else "no such tensor"
-        slices = {
-            tuple(size // N if d == dim else size for d, size in enumerate(shape)): dim
-            for dim, size in enumerate(shape)
-            if len(shape) > 1 and size % N == 0
-        } or {shape: None}
-        if found not in slices or dims.setdefault(name, slices[found]) != slices[found]:
+        expected = list(shape)
+        axis = llama.SHARD_AXIS.get(name.split(".")[-2])  # norms are whole in each
+        if axis is not None:
+            expected[axis] //= len(shards)
+        if name not in shard or list(shard[name].shape) != expected:
+            found = tuple(shard[name].shape) if name in shard else "no such tensor"
             raise ValueError(
-                f"{file}: {name}: expected shape {' or '.join(map(str, slices))} for 1 of {N} "
-                f"shards, found {found}; are all there, do they and the params belong together?"
+                f"{file}: {name}: expected shape {tuple(expected)} for 1 of {len(shards)} shards, "
+                f"found {found}; are all there, do they and the params belong together?"
             )
     for file, shard in shards.items():
-        unknown = shard.keys() - shapes.keys() - {"output.weight", "rope.freqs"}  # Llama 2's, not needed
+        unknown = (
+            shard.keys() - shapes.keys() - {"output.weight", "rope.freqs"}
+        )  # Llama 2's, not needed
         if unknown:
             raise ValueError(f"{file}: {min(unknown)}: a Llama of these sizes has no such tensor")
-    return dims
 
 
-def free_memory(device):
+def free_memory(device: str) -> float:
     """Bytes that can still be allocated, as far as the system tells; else infinitely many."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     if device == "cpu" and Path("/proc/meminfo").is_file():
-        return int(re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+        free = re.search(r"MemAvailable: +(\d+)", Path("/proc/meminfo").read_text())
+        return int(free[1]) * 1024 if free else math.inf
     return math.inf
 
 
-def check_memory(params, numbers, device, itemsize, positions):
+def check_memory(params: Params, numbers: int, device: str, itemsize: int, positions: int) -> None:
     """Weights (so many numbers) and cache of this run, known from headers alone, against what is free."""
-    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device == "cpu" else 1  # one memory for all
+    sharing = (
+        int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device == "cpu" else 1
+    )  # one memory for all
     weights = sharing * numbers * itemsize
     cache = (
-        params["n_layers"] * 2 * params["n_kv_heads"] * positions * params["head_dim"] * itemsize * sharing
+        params["n_layers"]
+        * 2
+        * params["n_kv_heads"]
+        * positions
+        * params["head_dim"]
+        * itemsize
+        * sharing
     )
     free = free_memory(device)
     if weights + cache > free:
@@ -268,7 +296,7 @@ RELEASES = {  # (dim, layers, RoPE scaling): name; 3.1 and 3.3 70B have the same
 LLAMA_2 = {(4096, 32): "Llama 2 7B", (5120, 40): "Llama 2 13B", (8192, 80): "Llama 2 70B"}
 
 
-def understood(params, shards):
+def understood(params: Params, shards: Shards) -> str:
     """Words for the report: which release this looks like, how RoPE is scaled and why, duplicated heads."""
     sizes, scaled = (params["dim"], params["n_layers"]), params["use_scaled_rope"]
     name = LLAMA_2.get(sizes) if params["vocab_size"] == 32000 else RELEASES.get((*sizes, scaled))
@@ -278,8 +306,12 @@ def understood(params, shards):
         why = params.get("rope_scaling_from", why)
         words[1] = f"RoPE scaling {params['rope_scaling_factor']:g} ({why})"
     K = params["n_kv_heads"]
-    if K > 8 and K % 2 == 0:  # 405B's 16 shards each hold one of 8 heads, so each head stands there twice
-        wk = torch.cat([shard["layers.0.attention.wk.weight"] for shard in shards.values()]).view(K, -1)
+    if (
+        K > 8 and K % 2 == 0
+    ):  # 405B's 16 shards each hold one of 8 heads, so each head stands there twice
+        wk = torch.cat([shard["layers.0.attention.wk.weight"] for shard in shards.values()]).view(
+            K, -1
+        )
         if torch.equal(wk[0::2], wk[1::2]):
             words.append(f"{K // 2} key/value heads, each held twice")
     return ", ".join(words)
@@ -294,17 +326,28 @@ ROPE_KEYS = set(
 )
 
 
-def hugging_face_params(path):
+def hugging_face_params(path: Path) -> tuple[Params, bool]:
     """config.json in either dialect (rope_scaling, or transformers 5's rope_parameters) as Meta's params."""
     config = read_json(path)
-    expected = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    expected = {
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
     foreign = (
         "quantization_config vision_config num_local_experts num_experts sliding_window logit_scale "
         "logits_scaling residual_multiplier attention_multiplier embedding_multiplier use_qk_norm"
     ).split()
     for key, value in (expected | dict.fromkeys(foreign) | {"partial_rotary_factor": 1.0}).items():
-        if config.get(key) not in (value, None, False) or key == "model_type" and config.get(key) is None:
-            raise ValueError(f"{path}: {key} is {repr(config.get(key))[:60]}, which is not supported")
+        if (
+            config.get(key) not in (value, None, False)
+            or key == "model_type"
+            and config.get(key) is None
+        ):
+            raise ValueError(
+                f"{path}: {key} is {repr(config.get(key))[:60]}, which is not supported"
+            )
     names = {
         "dim": "hidden_size",
         "n_layers": "num_hidden_layers",
@@ -316,7 +359,9 @@ def hugging_face_params(path):
         "head_dim": "head_dim",
         "max_seq_len": "max_position_embeddings",
     }
-    given = {ours: config[theirs] for ours, theirs in names.items() if config.get(theirs) is not None}
+    given = {
+        ours: config[theirs] for ours, theirs in names.items() if config.get(theirs) is not None
+    }
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict) or not rope.keys() <= ROPE_KEYS:
         raise ValueError(f"{path}: the RoPE settings are {repr(rope)[:99]}, which is not supported")
@@ -324,9 +369,18 @@ def hugging_face_params(path):
     if tied not in (True, False):
         raise ValueError(f"{path}: tie_word_embeddings is {tied!r}, expected true or false")
     given["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
-    kind = rope.get("rope_type") or rope.get("type") or ("missing" if rope.get("factor") else "default")
+    kind = (
+        rope.get("rope_type")
+        or rope.get("type")
+        or ("missing" if rope.get("factor") else "default")
+    )
     if kind == "llama3":
-        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+        for key in (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        ):
             if rope.get(key) is None:
                 raise ValueError(f"{path}: the RoPE settings say llama3, but have no {key}")
         given |= {
@@ -344,7 +398,7 @@ def hugging_face_params(path):
     return check_params(given, path, names), tied
 
 
-def open_safetensors(path):
+def open_safetensors(path: Path) -> Weights:
     """The tensors of a .safetensors file by name, on the mapped file: nothing is read or copied yet."""
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -353,7 +407,8 @@ def open_safetensors(path):
         raise explain(path, "a safetensors file", problem) from None
 
 
-def open_hugging_face(folder):
+def open_hugging_face(folder: Path) -> Opened:
+    """A folder in Hugging Face's layout."""
     params, tied = hugging_face_params(folder / "config.json")
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file() and not single.is_file():
@@ -376,7 +431,9 @@ def open_hugging_face(folder):
         files, where = [single.name], None
     if not (folder / files[0]).is_file():
         others = sorted(
-            file.name for file in folder.glob("*model*.*") if file.suffix in (".bin", ".safetensors")
+            file.name
+            for file in folder.glob("*model*.*")
+            if file.suffix in (".bin", ".safetensors")
         )
         raise ValueError(
             f"{folder}: neither model.safetensors nor model.safetensors.index.json is there"
@@ -411,7 +468,7 @@ def open_hugging_face(folder):
     )
 
 
-def hugging_face_tokenizer(folder):
+def hugging_face_tokenizer(folder: Path) -> Any:
     """From tokenizer.model, original/tokenizer.model, or tokenizer.json alone, as many mirrors have it."""
     for path in (folder / "tokenizer.model", folder / "original" / "tokenizer.model"):
         if path.is_file():
@@ -425,18 +482,21 @@ def hugging_face_tokenizer(folder):
     letters |= {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)}
     try:
         model = read_json(path)["model"]
-        ranks = {bytes(letters[letter] for letter in token): rank for token, rank in model["vocab"].items()}
+        ranks = {
+            bytes(letters[letter] for letter in token): rank
+            for token, rank in model["vocab"].items()
+        }
         if not all(type(rank) is int for rank in ranks.values()):
             raise TypeError
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{path}: not the byte-level BPE tokenizer of a Llama 3") from None
-    return make_tokenizer(ranks, path)
+    return llama.make_tokenizer(ranks, path)
 
 
 # ------------------------------------------------------------------------------------ LLMs-from-scratch
 
 
-def open_rasbt(path):
+def open_rasbt(path: Path) -> Opened:
     """One of rasbt's llama3.2-*.pth: no params file, so all sizes come from the tensors."""
     tensors = metas_names(checked_pth(path), RASBT)
     try:
@@ -450,7 +510,8 @@ def open_rasbt(path):
             "head_dim": E,
             "n_heads": tensors["layers.0.attention.wq.weight"].shape[0] // E,
             "ffn_dim": tensors["layers.0.feed_forward.w1.weight"].shape[0],
-            "n_layers": 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers.")),
+            "n_layers": 1
+            + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers.")),
             "norm_eps": 1e-5,
             "rope_theta": 500000.0,
             "use_scaled_rope": True,
@@ -462,13 +523,19 @@ def open_rasbt(path):
             f"{path}: not one of the Llama 3.2 files of LLMs-from-scratch: a tensor is missing or misshapen"
         ) from None
     params, tokenizer = check_params(given, path), open_tokenizer(path.parent / "tokenizer.model")
-    return params, {path.name: tensors}, tokenizer, rows_in_pairs(params), "LLMs-from-scratch layout, 1 file"
+    return (
+        params,
+        {path.name: tensors},
+        tokenizer,
+        rows_in_pairs(params),
+        "LLMs-from-scratch layout, 1 file",
+    )
 
 
 # ------------------------------------------------------------------------------------ Llama 2's tokenizer
 
 
-def sentencepiece_tokenizer(path):
+def sentencepiece_tokenizer(path: Path) -> Any:
     """Llama 2's tokenizer.model, behind those of tiktoken's methods that the script uses."""
     try:
         from sentencepiece import SentencePieceProcessor
@@ -487,15 +554,19 @@ def sentencepiece_tokenizer(path):
         "<|eom_id|>": model.eos_id(),
     }
 
-    def encode_single_token(name):
+    def encode_single_token(name: str) -> int:
         if name not in special:
             raise ValueError(f"{path}: Llama 2 has no token {name}; its chat format is another")
         return special[name]
 
-    def token_bytes(token):
+    def token_bytes(token: int) -> bytes:
         if model.is_byte(token):
             return bytes([int(model.id_to_piece(token)[3:-1], 16)])
-        return b"" if model.is_control(token) else model.id_to_piece(token).replace("\u2581", " ").encode()
+        return (
+            b""
+            if model.is_control(token)
+            else model.id_to_piece(token).replace("\u2581", " ").encode()
+        )
 
     return types.SimpleNamespace(
         n_vocab=model.vocab_size(),
@@ -515,20 +586,22 @@ CHECKPOINT_FILE = re.compile(
 )
 
 
-def remote_files(url):
+def remote_files(url: str) -> dict[str, Any]:
     """What a checkpoint needs of a remote folder: blobfile's stat of each file, by its path in the folder."""
     names = sorted(name.rstrip("/") for name in blobfile.listdir(url))
     if "original" in names:
         names += [f"original/{name}" for name in sorted(blobfile.listdir(f"{url}/original"))]
     wanted = [name for name in names if CHECKPOINT_FILE.fullmatch(name)]
-    if any(name.startswith("original/consolidated") for name in wanted):  # one of the two layouts is enough
+    if any(
+        name.startswith("original/consolidated") for name in wanted
+    ):  # one of the two layouts is enough
         wanted = [name for name in wanted if name.startswith("original/")]
     if not wanted:
         raise ValueError(f"no checkpoint there, it holds {', '.join(names[:5]) or 'nothing'}")
     return {name: blobfile.stat(f"{url}/{name}") for name in wanted}
 
 
-def copy_file(url, target, size, progress):
+def copy_file(url: str, target: Path, size: int, progress: Callable[[int], None]) -> None:
     """Copies one file beside its target and renames it when it is whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(target.name + ".part")
@@ -544,7 +617,7 @@ def copy_file(url, target, size, progress):
         beside.unlink(missing_ok=True)
 
 
-def cached_copy(url, cache_dir=None):
+def cached_copy(url: str, cache_dir: str | None = None) -> Path:
     """Copies what a checkpoint needs from a remote folder into a cache folder, once; returns that folder.
 
     url: what blobfile reads (gs://…, az://…, https://….blob.core.windows.net/…), a folder or a file in it. An
@@ -554,7 +627,9 @@ def cached_copy(url, cache_dir=None):
     file, url = "", url.rstrip("/")
     if CHECKPOINT_FILE.fullmatch(url.rsplit("/", 1)[-1]):
         url, file = url.rsplit("/", 1)
-    root = Path(cache_dir or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "llama3_from_scratch")
+    root = Path(
+        cache_dir or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "llama3_from_scratch"
+    )
     key = hashlib.sha256(url.encode()).hexdigest()[:12]
     folder, where = root.expanduser() / f"{url.rsplit('/', 1)[-1]}-{key}", url
     blobfile.configure(
@@ -568,7 +643,11 @@ def cached_copy(url, cache_dir=None):
                 old.with_suffix("").unlink(missing_ok=True)
                 old.unlink()
         for name, stat in stats.items():
-            target, mark, version = folder / name, folder / f"{name}.copied", f"{stat.size} {stat.mtime}"
+            target, mark, version = (
+                folder / name,
+                folder / f"{name}.copied",
+                f"{stat.size} {stat.mtime}",
+            )
             if not (target.is_file() and mark.is_file() and mark.read_text() == version):
 
                 def progress(copied, done=done):
@@ -583,14 +662,16 @@ def cached_copy(url, cache_dir=None):
                 print(file=sys.stderr)
             done += stat.size
     except Exception as problem:  # each cloud has its own
-        raise ValueError(f"{where}: not copied ({first_line(problem)}); what is whole is kept") from None
+        raise ValueError(
+            f"{where}: not copied ({first_line(problem)}); what is whole is kept"
+        ) from None
     return folder / file
 
 
 # ------------------------------------------------------------------------------------ which layout is it?
 
 
-def open_tokenizer(path):
+def open_tokenizer(path: Path) -> Any:
     """tokenizer.model of Llama 3 (lines of base64 and rank) or of Llama 2 (SentencePiece)."""
     try:
         if not path.is_file():
@@ -601,17 +682,21 @@ def open_tokenizer(path):
     if b"<unk>" in content[:64]:
         return sentencepiece_tokenizer(path)
     try:
-        return load_tokenizer(path)
+        return llama.load_tokenizer(path)
     except ValueError as problem:
-        raise explain(path, "lines of base64 and rank", str(problem).removeprefix(f"{path}: ")) from None
+        raise explain(
+            path, "lines of base64 and rank", str(problem).removeprefix(f"{path}: ")
+        ) from None
 
 
-def checked_pth(path):
+def checked_pth(path: Path) -> Weights:
     """open_pth, with a better word on what is wrong."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an error is one line, and torch has more to say of odd files
-            return open_pth(path)
+            warnings.simplefilter(
+                "ignore"
+            )  # an error is one line, and torch has more to say of odd files
+            return llama.open_pth(path)
     except ValueError as problem:
         said = str(problem).removeprefix(f"{path}: ")
     if said.startswith("expected a dict"):
@@ -627,23 +712,44 @@ def checked_pth(path):
     raise explain(path, "a PyTorch checkpoint", said)
 
 
-def open_meta(folder):
+def embedding_by_rows(shards: Shards, vocab_size: int) -> None:
+    """Llama 2's shards have the embedding cut by columns: here they get it by rows, as Llama 3's have it."""
+    slices = [shard.get("tok_embeddings.weight") for shard in shards.values()]
+    by_columns = all(w is not None and w.dim() == 2 and len(w) == vocab_size for w in slices)
+    if len(slices) == 1 or not by_columns or len({w.shape for w in slices}) > 1:
+        return
+    rows = torch.cat(slices, 1).chunk(len(slices))
+    for shard, part in zip(shards.values(), rows):
+        shard["tok_embeddings.weight"] = part
+
+
+def open_meta(folder: Path) -> Opened:
     """A folder in Meta's layout."""
-    paths = meta_files(folder)
-    given, tokenizer = read_json(folder / "params.json"), open_tokenizer(folder / "tokenizer.model")
+    count = len(list(folder.glob("consolidated.*.pth"))) or 1
+    files = [folder / f"consolidated.{n:02}.pth" for n in range(count)]
+    for path in (folder / "params.json", folder / "tokenizer.model", *files):
+        if not path.exists():
+            raise ValueError(f"{path}: no such file; is the download complete?")
+    given = read_json(folder / "params.json")
+    tokenizer = open_tokenizer(folder / "tokenizer.model")
     if given.get("vocab_size") == -1:  # Llama 2 leaves it to the tokenizer
         given["vocab_size"] = tokenizer.n_vocab
     if given.get("rope_scaling_factor") is not None:
         given["rope_scaling_from"] = "params.json"
-    shards = {path.name: checked_pth(path) for path in paths}
-    words = f"Meta layout, {len(paths)} shard{'s' * (len(paths) > 1)}"
-    return check_params(given, folder / "params.json"), shards, tokenizer, None, words
+    shards = {path.name: checked_pth(path) for path in files}
+    params = check_params(given, folder / "params.json")
+    embedding_by_rows(shards, params["vocab_size"])
+    words = f"Meta layout, {count} shard{'s' * (count > 1)}"
+    return params, shards, tokenizer, None, words
 
 
-def find_layouts(path):
+def find_layouts(path: Path) -> dict[str, Callable[[], Opened]]:
     """What is in a folder: a dict from the name of a layout to what opens it."""
-    layouts = {}
-    for folder, name in ((path, "Meta's layout"), (path / "original", "Meta's layout in original/")):
+    layouts: dict[str, Callable[[], Opened]] = {}
+    for folder, name in (
+        (path, "Meta's layout"),
+        (path / "original", "Meta's layout in original/"),
+    ):
         if any(folder.glob("consolidated.*.pth")):
             layouts[name] = lambda folder=folder: open_meta(folder)
     if (path / "config.json").exists() or any(path.glob("model*.safetensors*")):
@@ -656,7 +762,7 @@ def find_layouts(path):
     return layouts
 
 
-def layouts_of_file(file):
+def layouts_of_file(file: Path) -> dict[str, Callable[[], Opened]]:
     """The layout that a single file belongs to, as in find_layouts."""
     if re.fullmatch(r"consolidated\.\d\d\.pth|params\.json", file.name):
         return {"Meta's layout": lambda: open_meta(file.parent)}
@@ -664,39 +770,45 @@ def layouts_of_file(file):
         return {file.name: lambda: open_rasbt(file)}
     if re.fullmatch(r"config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", file.name):
         return {"Hugging Face's layout": lambda: open_hugging_face(file.parent)}
-    raise ValueError(f"{file}: not a file of a checkpoint that can be read; .pth and .safetensors can")
+    raise ValueError(
+        f"{file}: not a file of a checkpoint that can be read; .pth and .safetensors can"
+    )
 
 
-def open_checkpoint(path, device="cpu", dtype=None, n_layers=None, rope_scaling_factor=None, cache_dir=None,
-                    positions=None, force=False):  # fmt: skip
-    """Opens what a user points at: a folder in any layout, one file of it, a remote folder.
-
-    positions(tokenizer, context): how many the cache will hold; if it and the weights take more memory than
-    is free, ValueError, unless force. Returns params, shards (by file name: tensors by Meta's name),
-    tokenizer, what `load_weights` is to do to each whole tensor (or None), and words for the report.
-    """
-    several = processes()[1] > 1
-    if several:
-        import parallel  # tools/parallel.py, which has started them
+def local_copy(path: str | Path, cache_dir: str | None) -> Path:
+    """A path on this machine; of a remote folder, a copy of it."""
     try:
-        local = Path(path).expanduser()
-        if "://" in str(path):
+        if "://" not in str(path):
+            return Path(path).expanduser()
+        if processes()[1] == 1:
+            return cached_copy(str(path), cache_dir)
+        from parts import parallel
 
-            def copy():
-                return cached_copy(str(path), cache_dir)
-
-            local = parallel.one_after_the_other(copy) if several else copy()
+        return parallel.one_after_the_other(lambda: cached_copy(str(path), cache_dir))
     except RuntimeError as problem:  # ~nobody
         raise ValueError(f"{path}: {first_line(problem)}") from None
+
+
+def open_checkpoint(
+    path: str | Path, rope_scaling_factor: float | None = None, cache_dir: str | None = None
+) -> Opened:
+    """Opens what a user points at: a folder in any layout, one file of it, a remote folder. All is checked.
+
+    Returns params, shards (by file name: tensors by Meta's name), tokenizer, what is to be done to each whole
+    tensor (or None), and words for the report.
+    """
+    local = local_copy(path, cache_dir)
     if not local.is_dir() and not local.is_file():
         raise ValueError(f"{path}: no such file or folder")
     layouts = find_layouts(local) if local.is_dir() else layouts_of_file(local)
     if not layouts:
         held = sorted(file.name for file in local.iterdir())
+        listed = ", ".join(held[:5]) or "nothing"
+        if len(held) > 5:
+            listed += " …"
         raise ValueError(
             f"{path}: no checkpoint there: no params.json with consolidated.00.pth, no config.json with "
-            "model.safetensors, no llama3.2-….pth; it holds "
-            f"{', '.join(held[:5]) + ' …' * (len(held) > 5) or 'nothing'}"
+            f"model.safetensors, no llama3.2-….pth; it holds {listed}"
         )
     taken, *others = layouts
     params, shards, tokenizer, convert, words = layouts[taken]()
@@ -707,17 +819,80 @@ def open_checkpoint(path, device="cpu", dtype=None, n_layers=None, rope_scaling_
             raise ValueError(
                 f"{path}: --rope-scaling-factor is for models with RoPE scaling; this one has none"
             )
-        params |= {"rope_scaling_factor": rope_scaling_factor, "rope_scaling_from": "--rope-scaling-factor"}
+        params |= {
+            "rope_scaling_factor": rope_scaling_factor,
+            "rope_scaling_from": "--rope-scaling-factor",
+        }
     check_tensors(shards)
-    held = check_shapes(shards, params)
-    words += f", {understood(params, shards)}"
-    kind = dtype or next(iter(shards.values()))["tok_embeddings.weight"].dtype
-    if several:
-        params, shards, convert = parallel.own_share(params, shards, held, tokenizer, convert)
-        words += f", one of {processes()[1]} shares"
+    check_shapes(shards, params)
+    if is_tied(next(iter(shards.values()))):
+        for shard in shards.values():
+            shard.pop("output.weight", None)
+    if tokenizer.n_vocab != params["vocab_size"]:
+        raise ValueError(
+            f"{path}: the tokenizer has {tokenizer.n_vocab} tokens, but vocab_size is "
+            f"{params['vocab_size']}; they are of different models"
+        )
+    return params, shards, tokenizer, convert, f"{words}, {understood(params, shards)}"
+
+
+def load_model(
+    path: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    n_layers: int | None = None,
+    rope_scaling_factor: float | None = None,
+    cache_dir: str | None = None,
+    positions: Callable[[Any, int], int] | None = None,
+    force: bool = False,
+    quiet: bool = False,
+) -> llama.Model:
+    """Weights, params and tokenizer of a checkpoint; unless quiet, a line on stderr says what was found.
+
+    n_layers: only the first so many. positions(tokenizer, context): how many the cache will hold; if it and
+    the weights take more memory than is free, ValueError, unless force.
+    """
+    started = time.perf_counter()
+    params, shards, tokenizer, convert, words = open_checkpoint(
+        path, rope_scaling_factor, cache_dir
+    )
+    of = params["n_layers"]
+    if not 0 < (n_layers or of) <= of:
+        raise ValueError(f"{path} has {of} layers, {n_layers} are asked for")
+    params = params | {"n_layers": n_layers or of}
+    first = next(iter(shards.values()))
+    dtype = dtype or first["tok_embeddings.weight"].dtype
+
+    _, N = processes()
+    own, shapes = params, llama.weight_shapes(params)
+    if N > 1:
+        from parts import parallel
+
+        parallel.check_same_model(params, shards, tokenizer)
+        own = parallel.share_of_params(params, N)
+        shapes = parallel.share_of_shapes(own, N)
+        words += f", one of {N} shares"
+    tied = "output.weight" not in first
+    count = sum(
+        math.prod(shape) for name, shape in shapes.items() if not (tied and name == "output.weight")
+    )
     if not force:
-        layers = params | {"n_layers": min(n_layers or params["n_layers"], params["n_layers"])}
-        numbers = sum(math.prod(shape) for name, shape in weight_shapes(layers).items() if name in held)
         room = positions(tokenizer, params["max_seq_len"]) if positions else 0
-        check_memory(layers, numbers, device, kind.itemsize, room)
-    return params, shards, tokenizer, convert, words
+        check_memory(own, count, device, dtype.itemsize, room)
+
+    def join(name: str, slices: list[Tensor]) -> Tensor:
+        w = llama.joined(name, slices)
+        return convert(name, w) if convert else w
+
+    if N > 1:
+        weights = parallel.load_share(shards, own, device, dtype, convert)
+    else:
+        weights = llama.load_weights(shards, params, device, dtype, join)
+    if not quiet:
+        print(
+            f"{path}: {words}, {n_layers or of} of {of} layers, {count / 1e6:,.1f} M parameters, "
+            f"{str(dtype).removeprefix('torch.')}, head {'' if tied else 'not '}tied, "
+            f"{count * dtype.itemsize / 1e9:.3g} GB on {device}, {time.perf_counter() - started:.1f} s",
+            file=sys.stderr,
+        )
+    return weights, own, tokenizer

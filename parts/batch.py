@@ -1,0 +1,87 @@
+"""Many prompts at once, for --prompts: rows of different lengths share one cache, and leave when they end."""
+
+import argparse
+import json
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import llama3_from_scratch as llama
+from parts.chat import prompt_ids
+
+MOST_ROWS = 32
+
+
+def answer_all(
+    prompts: list[str],
+    model: llama.Model,
+    args: argparse.Namespace,
+    choose: Callable[[Tensor], Tensor],
+    step: llama.Forward,
+) -> None:
+    """Goes on from many prompts, MOST_ROWS at a time: one JSON line each on stdout, in their order."""
+    _, params, tokenizer = model
+    rows = []
+    for n, prompt in enumerate(prompts, 1):
+        try:
+            rows.append(
+                prompt_ids(prompt, tokenizer, params["max_seq_len"], args.chat, args.system)
+            )
+        except ValueError as problem:
+            raise ValueError(f"--prompts, line {n}: {problem}") from None
+    stops = llama.stop_ids(tokenizer)
+    for a in range(0, len(rows), MOST_ROWS):
+        batch = rows[a : a + MOST_ROWS]
+        written = go_on_together(batch, model, args.max_new_tokens, choose, step)
+        for prompt, ids, new in zip(prompts[a:], batch, written):
+            reason = "length"
+            if new and new[-1] in stops:
+                reason = "stop"
+            elif len(ids) + len(new) == params["max_seq_len"]:
+                reason = "context"
+            text = tokenizer.decode(new[:-1] if reason == "stop" else new)
+            line = {"prompt": prompt, "text": text, "tokens": new, "finish_reason": reason}
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def go_on_together(
+    rows: list[list[int]],
+    model: llama.Model,
+    max_new_tokens: int,
+    choose: Callable[[Tensor], Tensor],
+    step: llama.Forward,
+) -> list[list[int]]:
+    """The new ids of each row of ids, up to its stop token, the context's end or max_new_tokens."""
+    weights, params, tokenizer = model
+    stops = llama.stop_ids(tokenizer)
+    device = weights["norm.weight"].device
+    positions = torch.tensor([len(ids) for ids in rows], device=device)
+    width = int(positions.max())
+    tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids in rows], device=device)
+    cache = llama.make_cache(weights, params, len(rows))
+    logits = llama.prefill(tokens, weights, params, cache, lengths=positions)
+
+    new: list[list[int]] = [[] for _ in rows]
+    going = [n for n, ids in enumerate(rows) if max_new_tokens and len(ids) < params["max_seq_len"]]
+    logits, positions, cache = logits[going], positions[going], rows_of(cache, going)
+    while going:
+        chosen = choose(logits[:, -1])
+        stay = []  # who goes on? Their places among those that do now
+        for n, (row, token) in enumerate(zip(going, chosen.tolist())):
+            new[row].append(token)
+            room = min(max_new_tokens, params["max_seq_len"] - len(rows[row]))
+            if token not in stops and len(new[row]) < room:
+                stay.append(n)
+        if len(stay) < len(going):
+            going = [going[n] for n in stay]
+            chosen, positions, cache = chosen[stay], positions[stay], rows_of(cache, stay)
+        if going:
+            logits = llama.advance(chosen, weights, params, cache, positions, step)
+            positions = positions + 1
+    return new
+
+
+def rows_of(cache: llama.Cache, rows: list[int]) -> llama.Cache:
+    """The cache of some rows alone."""
+    return [(keys[rows], values[rows]) for keys, values in cache]

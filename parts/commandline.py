@@ -1,0 +1,342 @@
+"""The command line of llama3_from_scratch.py: its flags, and what they set going."""
+
+import argparse
+import bdb
+import functools
+import importlib
+import itertools
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import llama3_from_scratch as llama
+from parts import batch, conversation
+from parts.chat import prompt_ids
+from parts.eager import one_token_step
+from parts.inside import check_finite
+
+RANGES = {  # of flags: least and greatest value
+    "max_new_tokens": (0, 10**9),
+    "temperature": (0, 1000),
+    "top_k": (0, 10**9),
+    "top_p": (1e-6, 1),
+    "seed": (0, 2**63 - 1),
+    "layers": (1, math.inf),
+    "rope_scaling_factor": (1, 1000),
+}
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The flags. ValueError, in one line, for one that is wrong or that this machine cannot do."""
+    about = str(llama.__doc__)
+    parser = argparse.ArgumentParser(
+        prog="llama3_from_scratch.py",
+        description=about.partition("\n")[0],
+        allow_abbrev=False,
+        formatter_class=argparse.RawTextHelpFormatter,
+        epilog="examples:\n" + about[about.index("    python") : about.index("\n\nDimension")],
+    )
+    add = parser.add_argument
+    add(
+        "prompt",
+        nargs="?",
+        help="text to go on from; without one it is asked for, or read from stdin",
+    )
+    add(
+        "--weights",
+        metavar="DIR",
+        default=str(llama.TINY),
+        help="a checkpoint: Meta's, Hugging Face's or rasbt's, a folder or gs://… (default: weights/tiny)",
+    )
+    add(
+        "--cache-dir",
+        metavar="DIR",
+        help="where copies of remote folders are kept (default: in ~/.cache)",
+    )
+    add(
+        "--rope-scaling-factor", metavar="X", type=float, help="overrides what was found or guessed"
+    )
+    add("--force", action="store_true", help="load the model even if memory looks too small for it")
+    add(
+        "--chat", action="store_true", help="put the prompt as a question, in Llama 3's chat format"
+    )
+    add(
+        "--prompts",
+        metavar="FILE",
+        help="many prompts at once, one a line (-: stdin), in JSON; no shapes",
+    )
+    add("--system", metavar="TEXT", help="with --chat: what the assistant is told first")
+    add(
+        "--max-new-tokens",
+        metavar="N",
+        default=100,
+        type=int,
+        help="default 100; 0: only the prompt's pass",
+    )
+    add(
+        "--temperature",
+        metavar="X",
+        default=0.0,
+        type=float,
+        help="0, the default: the likeliest token",
+    )
+    add("--top-k", metavar="N", default=0, type=int, help="draw from the N likeliest tokens only")
+    add(
+        "--top-p",
+        metavar="P",
+        default=1.0,
+        type=float,
+        help="draw from the likeliest that together reach P",
+    )
+    add(
+        "--seed",
+        metavar="N",
+        type=int,
+        help="same seed, same text (default: another one each time)",
+    )
+    add(
+        "--show",
+        choices=("all", "first", "none"),
+        default="first",
+        help="shapes of which layers (first)",
+    )
+    add(
+        "--save-trace",
+        metavar="FILE",
+        help="write every tensor of the prompt's pass, as .safetensors",
+    )
+    add(
+        "--break-at",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help='stop in the debugger once this tensor exists; "layers.3.*scores" works, and several times',
+    )
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the step from token to token: see the README",
+    )
+    add("--layers", metavar="N", type=int, help="run the first N layers only")
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="compute in this (default: the weights')",
+    )
+    add("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
+
+    def wrong(message: str) -> None:
+        raise ValueError(f"{message} (--help shows what there is)")
+
+    parser.error = wrong  # type: ignore
+    args = parser.parse_args(argv)
+    for flag, (low, high) in RANGES.items():
+        value = getattr(args, flag)
+        if value is not None and not low <= value <= high:
+            wrong(f"--{flag.replace('_', '-')} {value}: must be from {low} to {high}")
+    if args.system is not None and not args.chat:
+        wrong("--system needs --chat")
+    if args.prompts is not None and (args.prompt is not None or args.break_at or args.save_trace):
+        wrong("--prompts goes without a prompt, --break-at and --save-trace")
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    args.device = args.device or next(device for device in there if there[device])
+    if not there[args.device]:
+        wrong(
+            f"--device {args.device}: PyTorch {torch.__version__} finds none here; cpu always works"
+        )
+    return args
+
+
+def peak_memory(device: str) -> float:
+    """In bytes: what tensors took on a GPU, or else this whole process, pages of mapped weights included."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = {"linux": 1024, "darwin": 1}.get(sys.platform)
+    if unit is None:  # Windows' Python has no such module
+        return math.nan
+    return importlib.import_module("resource").getrusage(0).ru_maxrss * unit
+
+
+def show_prompt(ids: list[int], cached: int, tokenizer) -> None:
+    """The tokens of a prompt that have not been read yet, ids and texts, on stderr."""
+    pieces = [f"{token} {tokenizer.decode([token])!r}" for token in ids[cached:][:64]]
+    if len(ids) - cached > 64:
+        pieces.append("…")
+    print(f"prompt of {len(ids)} tokens:", *pieces, sep="  ", file=sys.stderr)
+
+
+def show_next(logits: Tensor, tokenizer) -> None:
+    """The likeliest next tokens, from logits (1 1 V), on stderr."""
+    probs, ids = logits[0, -1].softmax(-1).topk(min(5, logits.shape[-1]))
+    likely = [f"{tokenizer.decode([n])!r} {p:.1%}" for n, p in zip(ids.tolist(), probs.tolist())]
+    print("next:", "  ".join(likely), file=sys.stderr)
+
+
+def answer(
+    ids: list[int],
+    cache: llama.Cache,
+    cached: int,
+    show: str,
+    *,
+    model: llama.Model,
+    args: argparse.Namespace,
+    watched: llama.Forward,
+    go_on: Callable,
+) -> list[int]:
+    """Goes on from ids, of which the cache holds the first `cached`: text to stdout, all else to stderr.
+
+    show: the shapes of which layers. watched: forward, or a copy that is looked into. go_on: generate with all
+    its options. Returns the new ids; all but the last of them are then in the cache.
+    """
+    weights, params, tokenizer = model
+    if show != "none":
+        show_prompt(ids, cached, tokenizer)
+        watched = functools.partial(watched, probe=llama.show_shapes(show, params["n_layers"]))
+    tokens = torch.tensor([ids[cached:]], device=args.device)
+    started = time.perf_counter()
+    logits = llama.prefill(tokens, weights, params, cache, cached, watched=watched)
+    check_finite(logits, weights)
+    read = first = time.perf_counter()
+    if show != "none":
+        show_next(logits, tokenizer)
+
+    if not args.chat and sys.stdout.isatty() and sys.stderr.isatty():
+        print(
+            tokenizer.decode(ids[1:]), end="", file=sys.stderr, flush=True
+        )  # so that the text reads as one
+    at = torch.tensor([len(ids)], device=args.device)
+    steps = itertools.islice(go_on(logits, weights, params, cache, at), args.max_new_tokens)
+    new: list[int] = []
+    for piece in llama.text_of(steps, tokenizer, new):
+        if len(new) == 1:
+            first = time.perf_counter()
+        print(piece, end="", flush=True)
+    print("\n" if new else "", end="", flush=True)
+
+    ended = time.perf_counter()
+    if len(ids) + len(new) == params["max_seq_len"]:
+        print(f"[the context of {params['max_seq_len']:,} tokens is full]", file=sys.stderr)
+    elif new and new[-1] not in llama.stop_ids(tokenizer):
+        print(f"[cut at --max-new-tokens {args.max_new_tokens}]", file=sys.stderr)
+    T = len(ids) - cached
+    print(
+        f"prefill {T} tokens, {T / (read - started):.1f} tok/s; "
+        f"first token after {first - started:.3f} s; "
+        f"decode {len(new)} tokens, {max(0, len(new) - 1) / (ended - first):.1f} tok/s; "
+        f"peak memory {peak_memory(args.device) / 1e9:.2f} GB",
+        file=sys.stderr,
+    )
+    return new
+
+
+def given_prompts(args: argparse.Namespace) -> list[str] | None:
+    """The prompts that came with the command: from its words, from --prompts, from a pipe. None: a terminal."""
+    if args.prompt is not None:
+        return [args.prompt]
+    if args.prompts is None and sys.stdin.isatty():
+        return None
+    if args.prompts in (None, "-"):
+        given = sys.stdin.buffer.read()
+    else:
+        given = Path(args.prompts).read_bytes()
+    text = given.decode("utf-8-sig", "surrogateescape").rstrip("\r\n")
+    if args.prompts is None:
+        return [text]
+    return [line.rstrip("\r") for line in text.split("\n")]
+
+
+def run(args: argparse.Namespace) -> None:
+    """What the flags ask for."""
+    prompts = given_prompts(args)
+
+    def positions(tokenizer, context: int) -> int:
+        """How many the cache will hold, for the check of the memory."""
+        longest = max(prompts or [""], key=len) or "?"
+        ids = prompt_ids(longest, tokenizer, math.inf, args.chat, args.system)
+        rows = min(len(prompts or [""]), batch.MOST_ROWS)
+        return rows * min(context, args.max_new_tokens + len(ids))
+
+    model = weights, params, tokenizer = llama.load_model(
+        args.weights,
+        args.device,
+        args.dtype,
+        n_layers=args.layers,
+        rope_scaling_factor=args.rope_scaling_factor,
+        cache_dir=args.cache_dir,
+        force=args.force,
+        positions=positions,
+    )
+    generator = torch.Generator(args.device).manual_seed(
+        torch.seed() if args.seed is None else args.seed
+    )
+
+    def choose(logits: Tensor) -> Tensor:
+        check_finite(logits, weights)
+        return llama.sample(logits, args.temperature, args.top_k, args.top_p, generator)
+
+    step = one_token_step
+    if args.compile:
+        from parts.compiled import compiled_step
+
+        step = compiled_step()
+    if args.prompts is not None:
+        return batch.answer_all(prompts, model, args, choose, step)
+
+    watched = llama.forward
+    if args.break_at:
+        from parts.inside import forward_with_breakpoints
+
+        watched = forward_with_breakpoints(llama.forward, args.break_at, params)
+    go_on = functools.partial(llama.generate, choose=choose, step=step)
+    how = functools.partial(answer, model=model, args=args, watched=watched, go_on=go_on)
+    if prompts is None:
+        return conversation.converse(model, args, how)
+    ids = prompt_ids(prompts[0], tokenizer, params["max_seq_len"], args.chat, args.system)
+    if args.save_trace is not None:
+        from parts.inside import save_trace
+
+        about = {"prompt": prompts[0], "weights": args.weights}
+        save_trace(args.save_trace, torch.tensor([ids], device=args.device), model, about)
+    how(ids, llama.make_cache(weights, params, 1), 0, args.show)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns the exit code: 2 and a line on stderr for what the user did wrong."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by who started us
+            setattr(sys, name, open(os.devnull, mode))
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
+        sys.stdout.reconfigure(errors="replace")  # of a terminal that cannot show every letter
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # Linux: tensors on huge pages, made faster
+    try:
+        if os.environ.get("WORLD_SIZE", "1") != "1":  # started by torchrun
+            from parts import parallel
+
+            return parallel.run_together(parse_arguments, argv, run)
+        run(parse_arguments(argv))
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read the text has gone: there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except bdb.BdbQuit:  # the debugger's "quit"
+        pass
+    except (ValueError, OSError, MemoryError, RuntimeError) as problem:
+        if isinstance(problem, RuntimeError) and "memory" not in str(problem):
+            raise  # a mistake of ours
+        print(f"error: {str(problem).partition(chr(10))[0] or 'out of memory'}", file=sys.stderr)
+        return 2
+    return 0
