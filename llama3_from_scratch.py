@@ -49,10 +49,13 @@ from torch.nn.functional import pad, silu
 
 Weights = dict[str, Tensor]  # tensors by Meta's names
 Params = dict[str, Any]  # sizes by the names in Meta's params.json
-Cache = list[tuple[Tensor, Tensor]]  # keys and values (B K S E) of each layer
+Pair = tuple[Tensor, Tensor]  # keys and values: B K S E
+Cache = list[Pair]  # of each layer
 Probe = Callable[[str, str, Tensor], Tensor]  # (name, dims, tensor) to the tensor that flows on
 Forward = Callable[..., Tensor]  # forward, or what stands for it: compiled, or with a probe
 Model = tuple[Weights, Params, tiktoken.Encoding]
+Source = str | Path | Model  # a folder with a model, or one that is loaded
+Dtype = str | torch.dtype | None  # the name of a number format, or it, or that of the file
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 PARTS = Path(__file__).resolve().parent / "parts"  # what this file takes in if it is there
 
@@ -131,7 +134,7 @@ def joined(name: str, slices: list[Tensor]) -> Tensor:
 
 
 def load_weights(
-    shards: dict[str, Weights], params: Params, device="cpu", dtype=None, join=joined
+    shards: dict[str, Weights], params: Params, device: str, dtype: Dtype, join: Callable = joined
 ) -> Weights:
     """Whole tensors in Meta's names, from one shard or many. ValueError if one does not fit.
 
@@ -261,7 +264,7 @@ def causal_mask(positions: Tensor, cache: Cache | None, dtype: torch.dtype) -> T
     return torch.where(later, -math.inf, 0.0).to(dtype)
 
 
-def remember(layer: tuple[Tensor, Tensor], k: Tensor, v: Tensor, positions: Tensor):
+def remember(layer: Pair, k: Tensor, v: Tensor, positions: Tensor) -> Pair:
     """Puts k and v (B K T E) into a layer's cache; gives all keys and values there (B K S E)."""
     keys, values = layer
     rows = torch.arange(len(k), device=k.device)[:, None]
@@ -475,8 +478,7 @@ def show_shapes(which: str, n_layers: int) -> Probe:
 
     def probe(name: str, dims: str, tensor: Tensor) -> Tensor:
         check_dims(sizes, name, dims, tensor)
-        later_layer = name.startswith("layers.") and not name.startswith("layers.0.")
-        if which == "all" or not later_layer:
+        if which == "all" or name.startswith("layers.0.") or not name.startswith("layers."):
             shape = " ".join(map(str, tensor.shape))
             dtype = str(tensor.dtype).removeprefix("torch.")
             print(f"{name:<32} {dims:<8} {shape:<16} {dtype}", file=sys.stderr)
@@ -499,29 +501,27 @@ def record(trace: dict[str, Tensor]) -> Probe:
 
 # ------------------------------------------------------------------------- from a folder to a text
 def load_model(
-    path: str | Path = TINY, device="cpu", dtype=None, quiet: bool = False, **options: Any
+    path: str | Path = TINY, device: str = "cpu", dtype: Dtype = None, **options: Any
 ) -> Model:
-    """Weights, params and tokenizer of a folder. dtype: a torch.dtype or its name, else the file's.
+    """Weights, params and tokenizer of a folder. ValueError, in one line, for what is not right.
 
-    In any layout, if parts/ is there (options: load_model in parts/layouts.py), or else in Meta's.
-    ValueError, in one line, for what is not right; unless quiet, a line says what was read.
+    With parts/, in any layout (more options: load_model in parts/layouts.py); without, in Meta's.
     """
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if PARTS.is_dir():
         from parts import layouts
 
-        return layouts.load_model(path, device, dtype, quiet=quiet, **options)
+        return layouts.load_model(path, device, dtype, **options)
     folder = Path(path).expanduser()
     file = folder / "params.json"
     try:
         given = dict(json.loads(file.read_text(encoding="utf-8")))
-        params = fill_params(given | {key: value for key, value in options.items() if value}, file)
+        params = fill_params(given | {key: x for key, x in options.items() if x}, file)
     except (json.JSONDecodeError, TypeError, ArithmeticError, RecursionError) as problem:
         raise ValueError(f"{file}: not the sizes of a Llama ({problem})") from None
     files = sorted(folder.glob("consolidated.*.pth")) or [folder / "consolidated.00.pth"]
     weights = load_weights({file.name: open_pth(file) for file in files}, params, device, dtype)
-    if not quiet:
+    if not options.get("quiet"):
         words = f"RoPE scaling {params['rope_scaling_factor']:g}, {params['n_layers']} layers"
         print(f"{path}: Meta layout, {len(files)} shards, {words}", file=sys.stderr)
     return weights, params, load_tokenizer(folder / "tokenizer.model")
@@ -539,7 +539,7 @@ def text_of(steps: Iterable[Tensor], tokenizer: tiktoken.Encoding, new: list[int
 
 
 def stream(
-    prompt: str | list[int], weights: str | Path | Model = TINY, max_new_tokens=100, **options: Any
+    prompt: str | list[int], weights: Source = TINY, max_new_tokens: int = 100, **options: Any
 ) -> Iterator[str]:
     """Yields the text that goes on from a prompt, piece by piece. weights: a folder, or a Model.
 
@@ -562,7 +562,7 @@ def stream(
     yield from text_of(itertools.islice(steps, max_new_tokens), tokenizer, [])
 
 
-def complete(prompt: str | list[int], weights: str | Path | Model = TINY, **options: Any) -> str:
+def complete(prompt: str | list[int], weights: Source = TINY, **options: Any) -> str:
     """The text that goes on from a prompt; weights and options as in stream."""
     return "".join(stream(prompt, weights, **options))
 

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,7 +170,7 @@ def peak_memory(device: str) -> float:
     return importlib.import_module("resource").getrusage(0).ru_maxrss * unit
 
 
-def show_prompt(ids: list[int], cached: int, tokenizer) -> None:
+def show_prompt(ids: list[int], cached: int, tokenizer: Any) -> None:
     """The tokens of a prompt that have not been read yet, ids and texts, on stderr."""
     pieces = [f"{token} {tokenizer.decode([token])!r}" for token in ids[cached:][:64]]
     if len(ids) - cached > 64:
@@ -177,7 +178,7 @@ def show_prompt(ids: list[int], cached: int, tokenizer) -> None:
     print(f"prompt of {len(ids)} tokens:", *pieces, sep="  ", file=sys.stderr)
 
 
-def show_next(logits: Tensor, tokenizer) -> None:
+def show_next(logits: Tensor, tokenizer: Any) -> None:
     """The likeliest next tokens, from logits (1 1 V), on stderr."""
     probs, ids = logits[0, -1].softmax(-1).topk(min(5, logits.shape[-1]))
     likely = [f"{tokenizer.decode([n])!r} {p:.1%}" for n, p in zip(ids.tolist(), probs.tolist())]
@@ -197,8 +198,8 @@ def answer(
 ) -> list[int]:
     """Goes on from ids, of which the cache holds the first `cached`: text to stdout, all else to stderr.
 
-    show: the shapes of which layers. watched: forward, or a copy that is looked into. go_on: generate with all
-    its options. Returns the new ids; all but the last of them are then in the cache.
+    show: the shapes of which layers. watched: forward, or a copy that is looked into. go_on: generate with
+    all its options. Returns the new ids; all but the last of them are then in the cache.
     """
     weights, params, tokenizer = model
     if show != "none":
@@ -242,7 +243,7 @@ def answer(
 
 
 def given_prompts(args: argparse.Namespace) -> list[str] | None:
-    """The prompts that came with the command: from its words, from --prompts, from a pipe. None: a terminal."""
+    """The prompts that came with the command: its words, --prompts, or a pipe. None: a terminal."""
     if args.prompt is not None:
         return [args.prompt]
     if args.prompts is None and sys.stdin.isatty():
@@ -261,7 +262,7 @@ def run(args: argparse.Namespace) -> None:
     """What the flags ask for."""
     prompts = given_prompts(args)
 
-    def positions(tokenizer, context: int) -> int:
+    def positions(tokenizer: Any, context: int) -> int:
         """How many the cache will hold, for the check of the memory."""
         longest = max(prompts or [""], key=len) or "?"
         ids = prompt_ids(longest, tokenizer, math.inf, args.chat, args.system)
@@ -286,12 +287,12 @@ def run(args: argparse.Namespace) -> None:
         check_finite(logits, weights)
         return llama.sample(logits, args.temperature, args.top_k, args.top_p, generator)
 
-    step = one_token_step
+    step: llama.Forward = one_token_step
     if args.compile:
         from parts.compiled import compiled_step
 
         step = compiled_step()
-    if args.prompts is not None:
+    if prompts is not None and args.prompts is not None:
         return batch.answer_all(prompts, model, args, choose, step)
 
     watched = llama.forward
@@ -313,7 +314,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the command line and returns the exit code: 2 and a line on stderr for what the user did wrong."""
+    """Runs the command line. Returns the exit code: 2, and a line on stderr, for a user's mistake."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by who started us
             setattr(sys, name, open(os.devnull, mode))

@@ -74,7 +74,7 @@ def as_loops(a: Tensor, b: Tensor) -> Tensor:
 KEPT_BY_TEXT = {f"{__name__}.as_loops": inspect.getsource(as_loops)}
 
 
-def with_loops(graph: torch.fx.GraphModule, inputs: list[Tensor], options: dict[str, Any]):
+def with_loops(graph: torch.fx.GraphModule, inputs: list[Tensor], options: dict[str, Any]) -> Any:
     """Inductor with as_loops for `@`, which it leaves to a library that is slower for one token on a CPU."""
     for node in graph.graph.find_nodes(op="call_function", target=operator.matmul):
         a, b = (arg.meta["example_value"] for arg in node.args)
@@ -105,12 +105,19 @@ def compiled_step() -> llama.Forward:
     compiled: set[tuple[bool, bool]] = set()
     graphs: dict[Any, Any] = {}
 
-    def step(tokens, weights, params, cache, positions, last):
+    def step(
+        tokens: Tensor,
+        weights: llama.Weights,
+        params: llama.Params,
+        cache: llama.Cache,
+        positions: Tensor,
+        last: Tensor,
+    ) -> Tensor:
         many = len(tokens) > 1
         far = tokens.is_cpu and cache[0][0].shape[2] > 4096
         if tokens.device.type == "mps":
             raise ValueError("--compile is for CPUs and CUDA, not for mps")
-        run = single
+        run: llama.Forward = single
         if not tokens.is_cpu:
             run = replay
         elif many:
@@ -141,7 +148,14 @@ def compiled_step() -> llama.Forward:
                 needed = "--compile needs a C++ compiler such as g++, and finds none"
                 raise ValueError(needed) from None
 
-    def replay(tokens, weights, params, cache, positions, last):
+    def replay(
+        tokens: Tensor,
+        weights: llama.Weights,
+        params: llama.Params,
+        cache: llama.Cache,
+        positions: Tensor,
+        last: Tensor,
+    ) -> Tensor:
         """The step through a CUDA graph: one for each cache and S, with its own places for what comes in."""
         key = tuple((x.data_ptr(), x.shape) for layer in cache for x in layer)
         if key not in graphs:

@@ -41,7 +41,7 @@ def turn_ids(
 def converse(
     model: llama.Model, args: argparse.Namespace, answer: Callable[..., list[int]]
 ) -> None:
-    """Answers what is typed until the terminal closes. answer: that of parts/commandline.py, its flags set."""
+    """Answers what is typed until the terminal closes. answer: of parts/commandline.py, with its flags."""
     weights, params, tokenizer = model
     if args.save_trace is not None:
         raise ValueError("--save-trace needs a prompt on the command line")

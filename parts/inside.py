@@ -112,7 +112,8 @@ def forward_with_breakpoints(
     lines_before = "\n" * (plain.__code__.co_firstlineno - 1)
     namespace = dict(plain.__globals__)
     namespace["stop_at"] = lambda name: any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-    exec(compile(lines_before + source, inspect.getsourcefile(plain), "exec"), namespace)
+    file = inspect.getsourcefile(plain) or "forward"
+    exec(compile(lines_before + source, file, "exec"), namespace)
     if forward is plain:
         return namespace["forward"]
     from parts import parallel

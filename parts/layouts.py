@@ -1,11 +1,12 @@
 """The door: checkpoints in any layout come in with Meta's names and order of rows, checked, or not at all.
 
-Meta's own layout, Hugging Face folders, the .pth files of LLMs-from-scratch (rasbt), Llama 2's tokenizer and
-remote folders. It says which release it has before it, whether memory is enough, and what is wrong with a file.
-The script calls `load_model`.
+Meta's own layout, Hugging Face folders, the .pth files of LLMs-from-scratch (rasbt), Llama 2's tokenizer
+and remote folders. It says which release it has before it, whether memory is enough, and what is wrong with a
+file. The script calls `load_model`.
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -177,7 +178,7 @@ def check_params(given: Params, source: object, names: dict[str, str] | None = N
         required = key in ("dim", "n_layers", "n_heads", "vocab_size")
         if given.get(key) is None and not required:
             continue
-        value = given.get(key)
+        value: Any = given.get(key)
         if type(value) not in (int, kind) or not low <= value <= high:
             raise ValueError(
                 f"{source}: {(names or {}).get(key, key)} is "
@@ -439,17 +440,17 @@ def open_hugging_face(folder: Path) -> Opened:
             f"{folder}: neither model.safetensors nor model.safetensors.index.json is there"
             + (f", only {others[0]}, which is not enough or not supported" if others else "")
         )
-    tensors = {}
+    tensors: Weights = {}
     for name in files:
         tensors |= {
             key: tensor
             for key, tensor in open_safetensors(folder / name).items()
             if where is None or where.get(key) == name
         }
-    for name in where or ():
+    for name, file in (where or {}).items():
         if name not in tensors:
             raise ValueError(
-                f"{folder / where[name]}: {name} is missing, but {index.name} says that it is here"
+                f"{folder / file}: {name} is missing, but {index.name} says that it is here"
             )
     tensors = metas_names(tensors, HUGGING_FACE)
     if tied:
@@ -650,7 +651,7 @@ def cached_copy(url: str, cache_dir: str | None = None) -> Path:
             )
             if not (target.is_file() and mark.is_file() and mark.read_text() == version):
 
-                def progress(copied, done=done):
+                def progress(copied: int, done: int = done) -> None:
                     part = (done + copied) / max(1, total)
                     bar = f"[{'#' * int(30 * part):30}] {part:4.0%} of {total / 1e9:.2f} GB"
                     print(f"\r{url} {bar}", end="", file=sys.stderr)
@@ -714,13 +715,12 @@ def checked_pth(path: Path) -> Weights:
 
 def embedding_by_rows(shards: Shards, vocab_size: int) -> None:
     """Llama 2's shards have the embedding cut by columns: here they get it by rows, as Llama 3's have it."""
-    slices = [shard.get("tok_embeddings.weight") for shard in shards.values()]
-    by_columns = all(w is not None and w.dim() == 2 and len(w) == vocab_size for w in slices)
-    if len(slices) == 1 or not by_columns or len({w.shape for w in slices}) > 1:
-        return
-    rows = torch.cat(slices, 1).chunk(len(slices))
-    for shard, part in zip(shards.values(), rows):
-        shard["tok_embeddings.weight"] = part
+    name = "tok_embeddings.weight"
+    slices = [shard[name] for shard in shards.values() if name in shard]
+    alike = len({w.shape for w in slices}) == 1 and len(slices) == len(shards) > 1
+    if alike and slices[0].dim() == 2 and len(slices[0]) == vocab_size:
+        for shard, rows in zip(shards.values(), torch.cat(slices, 1).chunk(len(shards))):
+            shard[name] = rows
 
 
 def open_meta(folder: Path) -> Opened:
@@ -751,14 +751,14 @@ def find_layouts(path: Path) -> dict[str, Callable[[], Opened]]:
         (path / "original", "Meta's layout in original/"),
     ):
         if any(folder.glob("consolidated.*.pth")):
-            layouts[name] = lambda folder=folder: open_meta(folder)
+            layouts[name] = functools.partial(open_meta, folder)
     if (path / "config.json").exists() or any(path.glob("model*.safetensors*")):
-        layouts["Hugging Face's layout"] = lambda: open_hugging_face(path)
+        layouts["Hugging Face's layout"] = functools.partial(open_hugging_face, path)
     for file in sorted(path.glob("*.pth")):
         if not file.name.startswith("consolidated."):
-            layouts[file.name] = lambda file=file: open_rasbt(file)
+            layouts[file.name] = functools.partial(open_rasbt, file)
     if not layouts and (path / "params.json").exists():
-        layouts["Meta's layout"] = lambda: open_meta(path)
+        layouts["Meta's layout"] = functools.partial(open_meta, path)
     return layouts
 
 

@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 8 llama3_from_scratch.py "prompt" --weights DIR
 
-Each of N processes holds H/N whole heads, F/N units of the feed-forward and V/N rows of the head, and the whole
-embedding, of which a token reads one row. It runs the script's own `forward` on them, with params that say so
-and a probe (`meeting`) in which they meet. Source of the cut: Megatron-LM (Shoeybi et al. 2019), as in
+Each of N processes holds H/N whole heads, F/N units of the feed-forward and V/N rows of the head, and all of
+the embedding, of which a token reads one row. It runs the script's own `forward` on them, with params that
+say so and a probe (`meeting`) in which they meet. Source of the cut: Megatron-LM (Shoeybi et al. 2019), as in
 llama-models, models/llama3/model.py. This file brings the processes together, cuts each one's share, lets
 process 0 alone read and print, and ends all if one fails.
 """
@@ -231,7 +231,7 @@ def put_together(forward: llama.Forward, sample: Callable[..., Tensor]) -> None:
         dist.broadcast(tokens, 0)
         return tokens
 
-    llama.forward = meeting(forward)
+    llama.forward = meeting(forward)  # type: ignore[assignment]
     llama.sample = drawn_by_process_0
 
 
@@ -286,7 +286,7 @@ def share_input(args: argparse.Namespace) -> None:
     args.prompts = args.prompts and "-"
     if rank or not terminal:
         sys.stdin = io.TextIOWrapper(io.BytesIO(content))
-        sys.stdin.isatty = lambda: terminal
+        sys.stdin.isatty = lambda: terminal  # type: ignore[method-assign]
 
 
 # ------------------------------------------------------------------------------------ one fails, all end
@@ -314,23 +314,23 @@ def ending(store: Any, stderr: Any, half_written: list[Path]) -> Callable[..., N
     rank, local, node = (os.environ.get(key, "0") for key in ("RANK", "LOCAL_RANK", "GROUP_RANK"))
     once = threading.Lock()
 
-    def agreed(text, code):
+    def agreed(text: str, code: int) -> tuple[str, bool]:
         reason = store.compare_set("reason", "", f"{code} {text}").decode()
         return reason, store.add(f"told on {node}", 1) == 1
 
-    def end(text, code=2):
+    def end(text: str, code: int = 2) -> None:
         once.acquire()  # whoever comes second, the main thread or the watch, waits for the end
         found = within(3, lambda: agreed(text, code))
         # Without the store, process 0 that held it has probably gone too, and cannot be the one to tell.
         reason, first = found or (f"{code} {text}", local == ("1" if rank == local else "0"))
-        code, _, text = reason.partition(" ")
+        number, _, text = reason.partition(" ")
         if first and text:
             print("\n" * stderr.isatty() + f"error: {text}", file=stderr, flush=True)
         if first and os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
             time.sleep(3)  # torchrun may take the store along: let the other machines look
         for path in half_written:
             path.unlink(missing_ok=True)
-        os._exit(int(code))
+        os._exit(int(number))
 
     return end
 
@@ -345,7 +345,7 @@ def watch(
     rank, N = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     other, seen, when, heard = (rank + 1) % N, None, time.monotonic(), time.monotonic()
 
-    def look():
+    def look() -> Any:
         store.set(f"alive {rank}", str(time.time()))
         beat = store.get(f"alive {other}") if store.check([f"alive {other}"]) else None
         return store.check(["reason"]), beat
@@ -419,7 +419,8 @@ def run_together(
     own = dist.PrefixStore(f"llama3 {attempt}", store.clone())
     # How long the group waits is for the watch to decide: a process may load, compile, or wait for a user.
     store.set_timeout(timedelta(days=10))
-    stderr, half_written = sys.stderr, []
+    stderr = sys.stderr
+    half_written: list[Path] = []
     if rank:
         sys.stdout = sys.stderr = open(os.devnull, "w")
         os.environ["PYTHONBREAKPOINT"] = "0"  # only process 0 has somebody before it
@@ -463,7 +464,7 @@ def run_together(
         sys.stdout.flush()
         dist.barrier()  # who ends early would be missed
     except SystemExit as stop:  # --help
-        code = stop.code or 0
+        code = int(stop.code or 0)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         end("", 0)

@@ -355,7 +355,8 @@ def test_ctrl_c_keeps_what_was_written(checkpoint):
 
 def test_a_closed_pipe_ends_quietly(checkpoint):
     folder = checkpoint(max_seq_len=100_000)
-    command = f"{sys.executable} {SCRIPT} Hi --weights {folder} --show none --max-new-tokens 90000 | head -c 5"
+    flags = f"Hi --weights {folder} --show none --max-new-tokens 90000"
+    command = f"{sys.executable} {SCRIPT} {flags} | head -c 5"
     result = subprocess.run(["bash", "-c", command], capture_output=True, timeout=100)
     assert (
         len(result.stdout) == 5
