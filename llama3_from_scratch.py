@@ -57,41 +57,52 @@ Model = tuple[Weights, Params, tiktoken.Encoding]
 Source = str | Path | Model  # a folder with a model, or one that is loaded
 Dtype = str | torch.dtype | None  # the name of a number format, or it, or that of the file
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PARTS = Path(__file__).resolve().parent / "parts"  # what this file takes in if it is there
 
 # ---------------------------------------------------------------------------------- the checkpoint
 # On which axis does Meta cut a matrix into shards? 0: by rows, 1: by columns.
 SHARD_AXIS = {"tok_embeddings": 0, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0}
 SHARD_AXIS |= {"wo": 1, "w2": 1}
+# What must params.json hold? And what does Meta's code supply? (0: it follows from the others.)
+REQUIRED = ("dim", "n_layers", "n_heads", "vocab_size")
+DEFAULTS = {
+    "n_kv_heads": 0, "head_dim": 0, "ffn_dim": 0, "multiple_of": 256, "ffn_dim_multiplier": 1.0,
+    "norm_eps": 1e-5, "rope_theta": 10000.0, "use_scaled_rope": False, "rope_scaling_factor": 0.0,
+    "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0, "rope_original_context": 8192,
+    "max_seq_len": 0, "max_batch_size": 0,
+}  # fmt: skip
 
 
 def fill_params(given: Params, source: object = "params") -> Params:
-    """The sizes of a model: those in params.json and, where it is silent, those in Meta's code.
+    """All sizes of a model, from those in its params.json. ValueError for one that makes no sense.
 
-    ValueError if they make no sense. Source: llama-models, models/llama3/args.py and model.py.
+    Source: llama-models, models/llama3/args.py and model.py; the papers of Llama 2, 3 and 3.1.
     """
-    given = {key: value for key, value in given.items() if value is not None}
-    for key in ["dim", "n_layers", "n_heads", "vocab_size", *given]:
-        value = given.get(key)
-        if not isinstance(value, (bool, int, float)) or (key == "n_layers" and value > 1000):
+    params = DEFAULTS | {key: value for key, value in given.items() if value is not None}
+    for key in [*REQUIRED, *params]:
+        value = params.get(key)
+        kinds = (int, type(DEFAULTS.get(key, 0)))
+        largest = {"n_layers": 1000}.get(key, 10**12)
+        if (
+            key not in (*REQUIRED, *DEFAULTS)
+            or type(value) not in kinds
+            or not 0 <= value <= largest
+        ):
             found = "missing" if value is None else repr(value)[:40]
-            raise ValueError(f"{source}: {key} is {found}, expected a sensible number")
-    D, H = given["dim"], given["n_heads"]
-    params = {"n_kv_heads": H, "head_dim": D // H, "norm_eps": 1e-5, "rope_theta": 10000.0}
+            raise ValueError(f"{source}: {key} is {found}, which does not make a Llama 3")
+    D, H = params["dim"], params["n_heads"]
     # SwiGLU has three matrices where others have two: 2/3 of the usual 4 D units, then rounded up.
-    units = int(given.get("ffn_dim_multiplier", 1) * int(2 * 4 * D / 3))
-    multiple = given.get("multiple_of", 256)
-    params["ffn_dim"] = math.ceil(units / multiple) * multiple
+    units = int(params["ffn_dim_multiplier"] * int(2 * 4 * D / 3))
+    F = math.ceil(units / params["multiple_of"]) * params["multiple_of"]
     # No release stores its RoPE factor. Meta's code has 8; 3.2 1B and 3B want 32 (issue 241 there).
-    small = (D, given["n_layers"]) in ((2048, 16), (3072, 28))
-    params |= {"use_scaled_rope": False, "rope_scaling_factor": 32 if small else 8}
-    params |= {"rope_low_freq_factor": 1, "rope_high_freq_factor": 4, "rope_original_context": 8192}
-    params["max_seq_len"] = 4096  # Llama 2
-    if "rope_theta" in given:
-        params["max_seq_len"] = 8192  # Llama 3
-    if given.get("use_scaled_rope"):
-        params["max_seq_len"] = 131072  # Llama 3.1 and later
-    return params | given
+    factor = 32 if (D, params["n_layers"]) in ((2048, 16), (3072, 28)) else 8
+    context = 131072  # Llama 3.1 and later
+    if not params["use_scaled_rope"]:
+        context = 8192 if given.get("rope_theta") else 4096  # Llama 3, Llama 2
+    derived = {"n_kv_heads": H, "head_dim": D // H, "ffn_dim": F, "rope_scaling_factor": factor}
+    derived["max_seq_len"] = context
+    return params | {key: params[key] or value for key, value in derived.items()}
 
 
 def weight_shapes(params: Params) -> dict[str, tuple[int, ...]]:
@@ -141,7 +152,6 @@ def load_weights(
     One shard in its own dtype on the CPU is used straight from the mapped file. Else tensor after
     tensor is joined, converted and moved: memory peaks at the model plus one tensor.
     """
-    first = next(iter(shards.values()))
     weights: Weights = {}
     for name, shape in weight_shapes(params).items():
         slices = [shard[name] for shard in shards.values() if name in shard]
@@ -151,7 +161,8 @@ def load_weights(
         if w.shape != shape:
             found = [tuple(part.shape) for part in slices]
             raise ValueError(f"{name}: expected shape {shape}, found {found} in all shards")
-        weights[name] = w.to(device=device, dtype=dtype or first["tok_embeddings.weight"].dtype)
+        dtype = dtype or w.dtype  # that of the first, the embedding
+        weights[name] = w.to(device=device, dtype=dtype)
     return weights
 
 
@@ -184,8 +195,7 @@ def load_tokenizer(path: str | Path) -> tiktoken.Encoding:
     for number, line in enumerate(lines, 1):
         try:
             token, rank = line.split()
-            if ranks.setdefault(base64.b64decode(token, validate=True), int(rank)) != int(rank):
-                raise ValueError
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
         except ValueError:
             raise ValueError(f'{path}: line {number} is not "base64 rank": {line[:40]!r}') from None
     return make_tokenizer(ranks, path)
@@ -423,18 +433,6 @@ def sample(
     return ids.gather(-1, drawn)[:, 0]
 
 
-def advance(
-    tokens: Tensor, weights: Weights, params: Params, cache: Cache, positions: Tensor, step: Forward
-) -> Tensor:
-    """Logits (B 1 V) after one more token a row, tokens (B) at positions (B)."""
-    S = int(positions.max()) + 1
-    if S > cache[0][0].shape[2]:
-        spare = 127 if tokens.is_cpu else 511  # growing copies the cache: not at each token
-        grow(cache, min(S + spare, params["max_seq_len"]))
-    last = torch.zeros_like(positions)
-    return step(tokens[:, None], weights, params, cache, positions[:, None], last)
-
-
 @torch.no_grad()
 def generate(
     logits: Tensor,
@@ -452,10 +450,14 @@ def generate(
     """
     if step is None and PARTS.is_dir():
         from parts.eager import one_token_step as step
-    while int(positions.max()) < params["max_seq_len"]:
+    step = step or forward
+    last = torch.zeros_like(positions)
+    for S in range(int(positions.max()) + 1, params["max_seq_len"] + 1):
         tokens = choose(logits[:, -1])
         yield tokens
-        logits = advance(tokens, weights, params, cache, positions, step or forward)
+        if S > cache[0][0].shape[2]:  # some to spare: growing copies the cache
+            grow(cache, min(S + (127 if tokens.is_cpu else 511), params["max_seq_len"]))
+        logits = step(tokens[:, None], weights, params, cache, positions[:, None], last)
         positions = positions + 1
 
 
@@ -489,16 +491,6 @@ def show_shapes(which: str, n_layers: int) -> Probe:
     return probe
 
 
-def record(trace: dict[str, Tensor]) -> Probe:
-    """A probe that puts a copy of every tensor into the dict `trace`, by name."""
-
-    def probe(name: str, dims: str, tensor: Tensor) -> Tensor:
-        trace[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        return tensor
-
-    return probe
-
-
 # ------------------------------------------------------------------------- from a folder to a text
 def load_model(
     path: str | Path = TINY, device: str = "cpu", dtype: Dtype = None, **options: Any
@@ -507,7 +499,8 @@ def load_model(
 
     With parts/, in any layout (more options: load_model in parts/layouts.py); without, in Meta's.
     """
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype)
     if PARTS.is_dir():
         from parts import layouts
 
@@ -515,16 +508,24 @@ def load_model(
     folder = Path(path).expanduser()
     file = folder / "params.json"
     try:
-        given = dict(json.loads(file.read_text(encoding="utf-8")))
-        params = fill_params(given | {key: x for key, x in options.items() if x}, file)
+        params = fill_params(dict(json.loads(file.read_text(encoding="utf-8"))), file)
     except (json.JSONDecodeError, TypeError, ArithmeticError, RecursionError) as problem:
         raise ValueError(f"{file}: not the sizes of a Llama ({problem})") from None
+    factor = options.get("rope_scaling_factor") or params["rope_scaling_factor"]
+    params["rope_scaling_factor"] = factor
     files = sorted(folder.glob("consolidated.*.pth")) or [folder / "consolidated.00.pth"]
-    weights = load_weights({file.name: open_pth(file) for file in files}, params, device, dtype)
+    shards = {file.name: open_pth(file) for file in files}
+    tokenizer = load_tokenizer(folder / "tokenizer.model")
+    shapes = weight_shapes(params)
+    for name, w in itertools.chain(*(shard.items() for shard in shards.values())):
+        if name not in shapes or w.dtype not in FLOATS or w.is_sparse or w.is_meta:
+            raise ValueError(f"{path}: {name} is {w.dtype}, which such a model does not have")
+    if tokenizer.n_vocab != params["vocab_size"]:
+        raise ValueError(f"{path}: the tokenizer has {tokenizer.n_vocab} tokens, another model's")
+    weights = load_weights(shards, params, device, dtype)
     if not options.get("quiet"):
-        words = f"RoPE scaling {params['rope_scaling_factor']:g}, {params['n_layers']} layers"
-        print(f"{path}: Meta layout, {len(files)} shards, {words}", file=sys.stderr)
-    return weights, params, load_tokenizer(folder / "tokenizer.model")
+        print(f"{path}: Meta layout, {len(files)} shards, RoPE scaling {factor:g}", file=sys.stderr)
+    return weights, params, tokenizer
 
 
 def text_of(steps: Iterable[Tensor], tokenizer: tiktoken.Encoding, new: list[int]) -> Iterator[str]:

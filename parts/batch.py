@@ -77,9 +77,26 @@ def go_on_together(
             going = [going[n] for n in stay]
             chosen, positions, cache = chosen[stay], positions[stay], rows_of(cache, stay)
         if going:
-            logits = llama.advance(chosen, weights, params, cache, positions, step)
+            logits = advance(chosen, weights, params, cache, positions, step)
             positions = positions + 1
     return new
+
+
+def advance(
+    tokens: Tensor,
+    weights: llama.Weights,
+    params: llama.Params,
+    cache: llama.Cache,
+    positions: Tensor,
+    step: llama.Forward,
+) -> Tensor:
+    """Logits (B 1 V) after one more token a row, tokens (B) at positions (B): a turn of generate."""
+    S = int(positions.max()) + 1
+    if S > cache[0][0].shape[2]:
+        spare = 127 if tokens.is_cpu else 511  # growing copies the cache: not at each token
+        llama.grow(cache, min(S + spare, params["max_seq_len"]))
+    last = torch.zeros_like(positions)
+    return step(tokens[:, None], weights, params, cache, positions[:, None], last)
 
 
 def rows_of(cache: llama.Cache, rows: list[int]) -> llama.Cache:

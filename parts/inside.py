@@ -57,6 +57,20 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], about: dict[str, 
 # ------------------------------------------------------------------------------------ probes
 
 
+def record(trace: dict[str, Tensor]) -> llama.Probe:
+    """A probe that puts a copy of every tensor into the dict `trace`, by name."""
+
+    def probe(name: str, dims: str, tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{name}: a probe returned {tensor!r}, not the tensor that is to flow on"
+            )
+        trace[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return tensor
+
+    return probe
+
+
 def compose(*probes: llama.Probe) -> llama.Probe:
     """One probe of several, in their order: each sees what the one before it returned.
 
@@ -161,7 +175,7 @@ def traced(tokens: Tensor, model: llama.Model) -> dict[str, Tensor]:
     """Every tensor of one pass over tokens (B T), by name, and the logit lens; whole, whoever computed it."""
     weights, params, _ = model
     trace: dict[str, Tensor] = {}
-    probe = llama.record(trace)
+    probe = record(trace)
     rank, N = processes()
     if rank > 0:  # these write no file, and need for the lens no more than
 

@@ -160,16 +160,18 @@ NUMBERS = {  # key of params.json: (type, smallest, largest)
 
 def check_params(given: Params, source: object, names: dict[str, str] | None = None) -> Params:
     """fill_params after a look at every value. names: what keys are called in the file, if not as Meta's."""
-    if not names:
-        with contextlib.suppress(TypeError, ArithmeticError):
-            llama.fill_params(given, source)  # what it finds wrong it says as it does alone
-    known = {*NUMBERS, "use_scaled_rope", "rope_scaling_from", "max_batch_size"}
+    given = dict(given)
+    words = {key: given.pop(key) for key in ("rope_scaling_from",) if key in given}
+    known = {*NUMBERS, "use_scaled_rope", "max_batch_size"}
     unknown = [key for key in given if key not in known and given[key] is not None]
     if unknown:
         raise ValueError(
             f"{source}: {unknown[0]} is not supported: it may make this another kind of model; if it changes "
             "nothing, take it out of the file"
         )
+    if not names:
+        with contextlib.suppress(TypeError, ArithmeticError):
+            llama.fill_params(given, source)  # what it finds wrong it says as it does alone
     if given.get("use_scaled_rope") not in (None, True, False):
         raise ValueError(
             f"{source}: use_scaled_rope is {given['use_scaled_rope']!r}, expected true or false"
@@ -196,7 +198,7 @@ def check_params(given: Params, source: object, names: dict[str, str] | None = N
         raise ValueError(
             f"{source}: the high frequency factor of RoPE scaling must be above the low one"
         )
-    return params
+    return params | words
 
 
 def check_tensors(shards: Shards) -> None:

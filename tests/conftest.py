@@ -13,6 +13,7 @@ os.environ.setdefault(
 import torch
 
 import llama3_from_scratch as llama
+from parts import inside
 from tools.random_checkpoint import random_checkpoint, random_weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,7 +122,7 @@ def traced(tokens, weights, params, **options):
 
     def probe(name, dims, tensor):
         llama.check_dims(sizes, name, dims, tensor)
-        return llama.record(trace)(name, dims, tensor)
+        return inside.record(trace)(name, dims, tensor)
 
     llama.forward(tokens, weights, params, probe=probe, **options)
     return trace

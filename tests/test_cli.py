@@ -717,11 +717,11 @@ def test_probes_compose(model, capsys, monkeypatch):
         llama.show_shapes("all", params["n_layers"]),
         inside.break_at("layers.1.*.scores", "norm"),
     )
-    probe = inside.compose(halved, shown, llama.record(trace), stop)
+    probe = inside.compose(halved, shown, inside.record(trace), stop)
     logits = llama.forward(some_tokens(params), weights, params, probe=probe)
     assert torch.equal(trace["logits"], logits) and len(trace) == 4 + 17 * params["n_layers"]
     assert len(stops) == 2 and list(trace)[stops[0] - 1] == "layers.1.attention.scores"
     assert capsys.readouterr().err.count("B H T E") == 3 * params["n_layers"]
     plain = {}
-    llama.forward(some_tokens(params), weights, params, probe=llama.record(plain))
+    llama.forward(some_tokens(params), weights, params, probe=inside.record(plain))
     assert torch.equal(trace["layers.0.attention.heads"] * 2, plain["layers.0.attention.heads"])

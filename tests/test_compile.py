@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 import llama3_from_scratch as llama
 from parts import compiled
-from parts.batch import rows_of
+from parts.batch import advance, rows_of
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("g++") or os.environ.get("CXX") or os.environ.get("CI")),
@@ -44,7 +44,7 @@ def go_on(params, weights, tokens, new, step, leave=None):
         found.append(tokens.tolist())
         if n == leave:
             tokens, positions, cache = tokens[-1:], positions[-1:], rows_of(cache, [B - 1])
-        logits = llama.advance(tokens, weights, params, cache, positions, step)
+        logits = advance(tokens, weights, params, cache, positions, step)
         positions = positions + 1
     return found
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import llama3_from_scratch as llama
 from parts import layouts
+from parts.chat import chat_message
 from tools.random_checkpoint import made_up_tokenizer, random_weights, write_checkpoint
 
 # ------------------------------------------------------------------------------------ Hugging Face
@@ -300,7 +301,9 @@ def test_the_script_copied_out_alone_still_reads_metas_layout(checkpoint, tmp_pa
         command, cwd=tmp_path / "alone", capture_output=True, text=True, env={"PATH": ""}
     )
     assert run.returncode == 0, run.stderr
-    assert "Meta layout, 2 shards, RoPE scaling 5, 3 of 3 layers" in run.stderr
+    assert "Meta layout, 2 shards, RoPE scaling 5\n" in run.stderr
+    assert "and the same in the other 2 layers" in run.stderr
+    assert "layers.0.attention.scores        B H T S  1 8 3 3" in run.stderr
     (folder / "consolidated.00.pth").unlink()
     run = subprocess.run(
         command, cwd=tmp_path / "alone", capture_output=True, text=True, env={"PATH": ""}
@@ -410,7 +413,7 @@ def test_llama_2(tmp_path):
     assert llama.special(tokenizer, "begin_of_text") == sp.bos_id()
     assert llama.special(tokenizer, "end_of_text") == sp.eos_id()
     with pytest.raises(ValueError, match="its chat format is another"):
-        llama.chat_message(tokenizer, "user", "Hi")
+        chat_message(tokenizer, "user", "Hi")
 
 
 def test_llama_2_without_sentencepiece_says_so(tmp_path, monkeypatch):
@@ -644,6 +647,47 @@ def test_damage_to_metas_layout(checkpoint, script, damage, says):
     folder = checkpoint()
     damage(folder)
     assert says in error_of(script, folder)
+
+
+ALONE = META_DAMAGE | {
+    "a bare tensor": (
+        lambda d: torch.save(torch.ones(3), d / "consolidated.00.pth"),
+        "expected a dict of tensors, but the file holds a Tensor",
+    ),
+    "theta as text": (params_with(rope_theta="5e5"), "rope_theta is '5e5', which does not"),
+    "no vocab_size": (without("vocab_size"), "vocab_size is missing, which does not"),
+    "deep list": (lambda d: (d / "params.json").write_text("[" * 10**4), "params.json: "),
+    "a billion layers": (params_with(n_layers=10**9), "n_layers is 1000000000, which does not"),
+    "no layers at all": (params_with(n_layers=0), "params.json: "),
+    "a text": (lambda d: torch.save("x", d / "consolidated.00.pth"), "the file holds a str"),
+}
+# What needs parts/ to be told apart: alone, another true word, or what was read in its place.
+OTHER_WORDS = {
+    "no params", "params a folder", "params cut", "params empty", "params a list", "params html",
+    "params deep", "deep list", "zero", "absurd", "heads",
+    "no layers at all", "quantized", "lora", "moe", "vision", "vocab", "other sizes", "experts", "window",
+    "old format", "no weights", "weights empty", "weights html", "weights lfs", "weights cut",
+    "weights a folder", "pickle", "torch pickle", "sparse head", "sparse", "int8", "float64", "meta",
+    "quantized tensor", "missing", "extra", "a layer more", "misshapen", "no tokenizer",
+    "tokenizer empty", "tokenizer lfs", "tokenizer cut", "bad base64",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", ALONE)
+def test_damage_when_the_script_is_alone(checkpoint, script, monkeypatch, tmp_path, damage):
+    """One line that names the file or the tensor; never a traceback. Where it can, in the same words."""
+    folder = checkpoint()
+    ALONE[damage][0](folder)
+    with_parts = script("Hi", "--weights", folder, "--show", "none")
+    monkeypatch.setattr(llama, "PARTS", tmp_path / "not there")
+    alone = script("Hi", "--weights", folder, "--max-new-tokens", 2)
+    assert "Traceback" not in alone.stderr and (with_parts.returncode, with_parts.stdout) == (2, "")
+    assert (alone.returncode, alone.stdout) == (2, "") and alone.stderr.count("\n") == 1, (
+        alone.stderr
+    )
+    assert alone.stderr.startswith("error: ")
+    same = alone.stderr == with_parts.stderr and ALONE[damage][1] in alone.stderr
+    assert same == (damage not in OTHER_WORDS)
 
 
 SHARDS_DAMAGE = {

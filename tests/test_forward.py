@@ -10,7 +10,7 @@ from references import float64_loop, hugging_face, metas_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama3_from_scratch as llama
-from parts.batch import rows_of
+from parts.batch import advance, rows_of
 from parts.eager import one_token_step, without_onednn
 
 SHAPES = {  # changes to SMALL
@@ -325,7 +325,7 @@ def test_rows_of_different_lengths_run_together(model):
                 keep = [at for at, row in enumerate(rows) if row != gone]
                 rows = [row for row in rows if row != gone]
                 chosen, positions, cache = chosen[keep], positions[keep], rows_of(cache, keep)
-            logits = llama.advance(chosen, weights, params, cache, positions, one_token_step)
+            logits = advance(chosen, weights, params, cache, positions, one_token_step)
             positions = positions + 1
         assert [len(out) for out in new] == [5, 30, 21, 30, 10]
         assert all(out == alone[row][: len(out)] for row, out in enumerate(new))

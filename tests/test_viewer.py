@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import llama3_from_scratch as llama
+from parts import inside
 
 VIEWER = (ROOT / "tools/viewer.html").as_uri()
 CHROMIUM = next(
@@ -127,7 +128,7 @@ def test_all_tensors_in_the_order_of_the_pass(page, trace):
     )
     passed, (weights, params, _) = {}, llama.load_model(ROOT / "weights/tiny")
     tokens = load_file(file)["tokens"]
-    llama.forward(tokens, weights, params, probe=llama.record(passed))
+    llama.forward(tokens, weights, params, probe=inside.record(passed))
     assert names == [*passed, "logit lens"]
     for (
         name
@@ -356,7 +357,7 @@ def test_traces_of_other_software(page, tmp_path):
     params, weights = llama.fill_params(SMALL | {"n_layers": 1}), None
     weights = random_weights(params, 0, False, torch.float32)
     tokens, held = torch.tensor([[5, 6, 7], [50, 60, 70]]), {}
-    llama.forward(tokens, weights, params, probe=llama.record(held))
+    llama.forward(tokens, weights, params, probe=inside.record(held))
     held |= {
         "norm": held["norm"][:, -1:].contiguous(),
         "lens.ids": torch.zeros(3, dtype=torch.int64),
@@ -383,7 +384,7 @@ def test_traces_of_other_software(page, tmp_path):
     assert "row 1, head 7" in page.text_content("#controls")
 
     one = {}
-    llama.forward(tokens[:1, :1], weights, params, probe=llama.record(one))
+    llama.forward(tokens[:1, :1], weights, params, probe=inside.record(one))
     save_file(one, tmp_path / "one.safetensors")
     look(page, tmp_path / "one.safetensors")
     choose(page, "layers.0.attention.probs")

@@ -10,8 +10,9 @@ The document is its own source. What is made new on each run:
   and a link to an .svg for each figure it made. The figure's label, as in plt.figure("mask"), is the file's
   name; the link's words stay as they were written.
 - behind `<!-- show: rms_norm -->`, or `<!-- show: forward from "# Attention." to "# Where" -->`: that
-  function of the script, or its lines from the first with the one text up to the next with the other (without
-  "to": to its end), and a link to them. Jupytext leaves these fences, marked .noeval, in the text.
+  function of the script, or its lines from the first with the one text up to the next with the other
+  (without "to": to its end), and a link to them; with "chat_message in parts/chat.py", of another file.
+  Jupytext leaves these fences, marked .noeval, in the text.
 
 Why no tool that exists: jupytext with nbclient runs the cells, markdown-code-runner writes outputs back, but
 none also shows pieces by landmark, has a check that writes nothing, and swaps the weights.
@@ -46,7 +47,9 @@ BLOCK = re.compile(
     r"(?P<links>(?:!\[.*\]\(\S*\.svg\)\n)*)",
     re.M,
 )
-SHOW = re.compile(r'(?P<name>\w+)(?: from "(?P<start>.+?)")?(?: to "(?P<end>.+?)")?')
+SHOW = re.compile(
+    r'(?P<name>\w+)(?: in (?P<file>\S+))?(?: from "(?P<start>.+?)")?(?: to "(?P<end>.+?)")?'
+)
 WEIGHTS = re.compile(r'^folder = ".*"$', re.M)
 
 # ------------------------------------------------------------------------------------ pictures
@@ -130,18 +133,21 @@ def svg(figure):
 
 
 def lines_of(script, what):
-    """First and last line number, from 1, of a function of the script or of a part between landmarks."""
+    """The file that a directive names, its lines, and the numbers, from 1, of the first and last to show."""
     found = SHOW.fullmatch(what)
     if not found:
         raise ValueError(f'show: {what}: expected a function\'s name, and perhaps from "…" to "…"')
+    file = found["file"] or SCRIPT
+    if found["file"]:
+        script = (ROOT / file).read_text(encoding="utf-8")
     lines = script.splitlines()
     begin = next(
         (n for n, line in enumerate(lines) if line.startswith(f"def {found['name']}(")), None
     )
     if begin is None:
-        raise ValueError(f"show: {what}: {SCRIPT} has no function {found['name']}")
+        raise ValueError(f"show: {what}: {file} has no function {found['name']}")
     end = next(
-        (n for n in range(begin + 1, len(lines)) if re.match(r"\S", lines[n]) and lines[n] != ")"),
+        (n for n in range(begin + 1, len(lines)) if re.match(r"[^\s)]", lines[n])),
         len(lines),
     )
     while begin and lines[begin - 1].startswith("@"):
@@ -154,14 +160,14 @@ def lines_of(script, what):
             begin, end = (begin, n) if last else (n, end)
     while not lines[end - 1].strip():
         end -= 1
-    return begin + 1, end
+    return file, lines, begin + 1, end
 
 
 def piece(script, what):
     """The directive, a link to the lines, and the lines themselves, as they are but for their indentation."""
-    a, b = lines_of(script, what)
-    code = textwrap.dedent("\n".join(script.splitlines()[a - 1 : b]))
-    link = f"[`{what.split()[0]}`, lines {a} to {b}]({SCRIPT}#L{a}-L{b}):"
+    file, lines, a, b = lines_of(script, what)
+    code = textwrap.dedent("\n".join(lines[a - 1 : b]))
+    link = f"[`{what.split()[0]}`, lines {a} to {b}]({file}#L{a}-L{b}):"
     return f"<!-- show: {what} -->\n{link}\n```python .noeval\n{code}\n```\n"
 
 
