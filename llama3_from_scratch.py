@@ -61,10 +61,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PARTS = Path(__file__).resolve().parent / "parts"  # what this file takes in if it is there
 
 # ---------------------------------------------------------------------------------- the checkpoint
-# On which axis does Meta cut a matrix into shards? 0: by rows, 1: by columns.
-SHARD_AXIS = {"tok_embeddings": 0, "wq": 0, "wk": 0, "wv": 0, "w1": 0, "w3": 0, "output": 0}
-SHARD_AXIS |= {"wo": 1, "w2": 1}
-# What must params.json hold? And what does Meta's code supply? (0: it follows from the others.)
+SHARD_AXIS = dict.fromkeys("tok_embeddings output wq wk wv w1 w3".split(), 0)
+SHARD_AXIS |= {"wo": 1, "w2": 1}  # does Meta cut a matrix into shards by rows, 0, or by columns, 1?
+# What must params.json hold? What does Meta's code supply if it is silent? (0: see fill_params.)
 REQUIRED = ("dim", "n_layers", "n_heads", "vocab_size")
 DEFAULTS = {
     "n_kv_heads": 0, "head_dim": 0, "ffn_dim": 0, "multiple_of": 256, "ffn_dim_multiplier": 1.0,
@@ -82,15 +81,13 @@ def fill_params(given: Params, source: object = "params") -> Params:
     params = DEFAULTS | {key: value for key, value in given.items() if value is not None}
     for key in [*REQUIRED, *params]:
         value = params.get(key)
-        kinds = (int, type(DEFAULTS.get(key, 0)))
+        known = key in REQUIRED or key in DEFAULTS
+        right_kind = type(value) in (int, type(DEFAULTS.get(key, 0)))
         largest = {"n_layers": 1000}.get(key, 10**12)
-        if (
-            key not in (*REQUIRED, *DEFAULTS)
-            or type(value) not in kinds
-            or not 0 <= value <= largest
-        ):
+        if not (known and right_kind and 0 <= value <= largest):
             found = "missing" if value is None else repr(value)[:40]
             raise ValueError(f"{source}: {key} is {found}, which does not make a Llama 3")
+
     D, H = params["dim"], params["n_heads"]
     # SwiGLU has three matrices where others have two: 2/3 of the usual 4 D units, then rounded up.
     units = int(params["ffn_dim_multiplier"] * int(2 * 4 * D / 3))
@@ -402,8 +399,9 @@ def prefill(
         seen = [(keys[:, :, : start + b], values[:, :, : start + b]) for keys, values in cache]
         read = watched if watched and b == T else forward
         at = (last - 1 - a).clamp(0, b - a - 1)
-        found = read(tokens[:, a:b], weights, params, seen, positions, at)
-        logits = torch.where(last[:, None, None] > a, found, logits)  # a row may have ended before
+        chunk_logits = read(tokens[:, a:b], weights, params, seen, positions, at)
+        ended = last[:, None, None] <= a  # rows whose last token was in an earlier chunk
+        logits = torch.where(ended, logits, chunk_logits)
         a = b
     return logits
 
@@ -417,8 +415,7 @@ def sample(
 ) -> Tensor:
     """Token ids (B) from logits (B V): the likeliest, or drawn from softmax(logits / temperature).
 
-    top_k > 0 leaves only the k likeliest. top_p < 1 then leaves the fewest likeliest that together
-    reach it (nucleus sampling, Holtzman et al. 2020).
+    top_k leaves the k likeliest, top_p the fewest that together reach it (Holtzman et al. 2020).
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -482,8 +479,7 @@ def show_shapes(which: str, n_layers: int) -> Probe:
         check_dims(sizes, name, dims, tensor)
         if which == "all" or name.startswith("layers.0.") or not name.startswith("layers."):
             shape = " ".join(map(str, tensor.shape))
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            print(f"{name:<32} {dims:<8} {shape:<16} {dtype}", file=sys.stderr)
+            print(f"{name:<32} {dims:<8} {shape:<16} {str(tensor.dtype)[6:]}", file=sys.stderr)
         elif name == "layers.1.attention_norm":
             print(f"and the same in the other {n_layers - 1} layers", file=sys.stderr)
         return tensor
@@ -500,7 +496,9 @@ def load_model(
     With parts/, in any layout (more options: load_model in parts/layouts.py); without, in Meta's.
     """
     if isinstance(dtype, str):
-        dtype = getattr(torch, dtype)
+        dtype = getattr(torch, dtype, dtype)
+    if dtype not in (None, *FLOATS):
+        raise ValueError(f"dtype {dtype!r}: expected float32, bfloat16 or float16")
     if PARTS.is_dir():
         from parts import layouts
 
@@ -552,6 +550,8 @@ def stream(
     device = tensors["norm.weight"].device
     if isinstance(prompt, str):
         prompt = [special(tokenizer, "begin_of_text"), *encode(tokenizer, prompt)]
+    if len(prompt) > params["max_seq_len"]:
+        raise ValueError(f"{len(prompt)} tokens, the context only {params['max_seq_len']}")
     watched = functools.partial(forward, probe=options.pop("probe", lambda name, dims, x: x))
     options["generator"] = torch.Generator(device).manual_seed(options.pop("seed", 0))
     choose = functools.partial(sample, **options)

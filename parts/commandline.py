@@ -320,7 +320,9 @@ def main(argv: list[str] | None = None) -> int:
             setattr(sys, name, open(os.devnull, mode))
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
         sys.stdout.reconfigure(errors="replace")  # of a terminal that cannot show every letter
-    if threading.current_thread() is threading.main_thread():
+    handler = signal.getsignal(signal.SIGINT)
+    main_thread = threading.current_thread() is threading.main_thread()
+    if main_thread:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # Linux: tensors on huge pages, made faster
     try:
@@ -340,4 +342,7 @@ def main(argv: list[str] | None = None) -> int:
             raise  # a mistake of ours
         print(f"error: {str(problem).partition(chr(10))[0] or 'out of memory'}", file=sys.stderr)
         return 2
+    finally:
+        if main_thread:  # as it was, for a notebook
+            signal.signal(signal.SIGINT, handler)
     return 0

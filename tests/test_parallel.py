@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -544,7 +545,7 @@ def test_machines_that_differ(tmp_path, fault):
     ]
     scripts = [SCRIPT, SCRIPT]
     if fault == "program":
-        (tmp_path / "parts").symlink_to(ROOT / "parts")
+        shutil.copytree(ROOT / "parts", tmp_path / "parts")
         scripts[1] = tmp_path / SCRIPT.name
         scripts[1].write_text(SCRIPT.read_text() + "# another version\n")
     found, took = two_nodes(*flags, scripts)
