@@ -16,7 +16,7 @@ text. Read it top to bottom; the heart is `forward`. What you read is what runs 
     python llama3_from_scratch.py "Hello" --save-trace t.safetensors          every tensor, kept
     torchrun --nproc-per-node 8 llama3_from_scratch.py "Hello" --weights ~/Llama3.1-70B    on 8 GPUs
 
-Dimension key, for every docstring; whoever looks into a pass has the letters checked:
+Dimension key, for every docstring; --show checks the letters against the tensors of a pass:
     B batch   T new tokens   S positions they see   D model dim   F feed-forward dim   V vocabulary
     H query heads   K key/value heads   G = H/K query heads that share a key/value head   E head dim
 """
@@ -36,11 +36,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
+if vars(sys.modules["__main__"]) is globals():  # run, not imported, and not inside a profiler
     sys.modules["llama3_from_scratch"] = sys.modules["__main__"]  # what parts/ import is this copy
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # quiet also while torch is imported
 with warnings.catch_warnings():
-    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch would like it
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch would like to have it
     import torch
 import blobfile
 import tiktoken
@@ -49,13 +49,13 @@ from torch.nn.functional import pad, silu
 
 Weights = dict[str, Tensor]  # tensors by Meta's names
 Params = dict[str, Any]  # sizes by the names in Meta's params.json
-Pair = tuple[Tensor, Tensor]  # keys and values: B K S E
-Cache = list[Pair]  # of each layer
+KeysValues = tuple[Tensor, Tensor]  # B K S E each
+Cache = list[KeysValues]  # of each layer
 Probe = Callable[[str, str, Tensor], Tensor]  # (name, dims, tensor) to the tensor that flows on
 Forward = Callable[..., Tensor]  # forward, or what stands for it: compiled, or with a probe
 Model = tuple[Weights, Params, tiktoken.Encoding]
 Source = str | Path | Model  # a folder with a model, or one that is loaded
-Dtype = str | torch.dtype | None  # the name of a number format, or it, or that of the file
+Dtype = torch.dtype | None  # a number format, or that of the file
 TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PARTS = Path(__file__).resolve().parent / "parts"  # what this file takes in if it is there
@@ -63,7 +63,7 @@ PARTS = Path(__file__).resolve().parent / "parts"  # what this file takes in if 
 # ---------------------------------------------------------------------------------- the checkpoint
 SHARD_AXIS = dict.fromkeys("tok_embeddings output wq wk wv w1 w3".split(), 0)
 SHARD_AXIS |= {"wo": 1, "w2": 1}  # does Meta cut a matrix into shards by rows, 0, or by columns, 1?
-# What must params.json hold? What does Meta's code supply if it is silent? (0: see fill_params.)
+# What must params.json hold? What stands for what it leaves out? (0: see fill_params, or unused.)
 REQUIRED = ("dim", "n_layers", "n_heads", "vocab_size")
 DEFAULTS = {
     "n_kv_heads": 0, "head_dim": 0, "ffn_dim": 0, "multiple_of": 256, "ffn_dim_multiplier": 1.0,
@@ -76,15 +76,15 @@ DEFAULTS = {
 def fill_params(given: Params, source: object = "params") -> Params:
     """All sizes of a model, from those in its params.json. ValueError for one that makes no sense.
 
-    Source: llama-models, models/llama3/args.py and model.py; the papers of Llama 2, 3 and 3.1.
+    Source: llama-models, models/llama3/args.py and model.py; the papers of Llama 2 and 3.
     """
     params = DEFAULTS | {key: value for key, value in given.items() if value is not None}
     for key in [*REQUIRED, *params]:
-        value = params.get(key)
+        value: Any = params.get(key)
         known = key in REQUIRED or key in DEFAULTS
         right_kind = type(value) in (int, type(DEFAULTS.get(key, 0)))
-        largest = {"n_layers": 1000}.get(key, 10**12)
-        if not (known and right_kind and 0 <= value <= largest):
+        largest = {"n_layers": 1000}.get(key, 10**12)  # weight_shapes makes a list of all layers
+        if not (known and right_kind and (0 < value <= largest or value == DEFAULTS.get(key))):
             found = "missing" if value is None else repr(value)[:40]
             raise ValueError(f"{source}: {key} is {found}, which does not make a Llama 3")
 
@@ -92,7 +92,7 @@ def fill_params(given: Params, source: object = "params") -> Params:
     # SwiGLU has three matrices where others have two: 2/3 of the usual 4 D units, then rounded up.
     units = int(params["ffn_dim_multiplier"] * int(2 * 4 * D / 3))
     F = math.ceil(units / params["multiple_of"]) * params["multiple_of"]
-    # No release stores its RoPE factor. Meta's code has 8; 3.2 1B and 3B want 32 (issue 241 there).
+    # Meta's files hold no RoPE factor. Its code has 8; 3.2 1B and 3B want 32 (llama-models, #241).
     factor = 32 if (D, params["n_layers"]) in ((2048, 16), (3072, 28)) else 8
     context = 131072  # Llama 3.1 and later
     if not params["use_scaled_rope"]:
@@ -125,12 +125,12 @@ def open_pth(path: Path) -> Weights:
     except Exception as problem:  # torch raises a dozen kinds for a file that is no checkpoint
         said = str(problem).partition(". ")[0]
         raise ValueError(f"{path}: not a PyTorch checkpoint, or cut short ({said})") from None
-    odd = {"the file": shard}
-    if isinstance(shard, dict):
-        odd = {name: w for name, w in shard.items() if not isinstance(w, Tensor)}
-    for name, w in odd.items():
-        found = f"{name} holds a {type(w).__name__}"
-        raise ValueError(f"{path}: expected a dict of tensors, but {found}")
+    wrong = f"{path}: expected a dict of tensors, but"
+    if not isinstance(shard, dict):
+        raise ValueError(f"{wrong} the file holds a {type(shard).__name__}")
+    for name, w in shard.items():
+        if not isinstance(w, Tensor):
+            raise ValueError(f"{wrong} {name} holds a {type(w).__name__}")
     return shard
 
 
@@ -138,7 +138,7 @@ def joined(name: str, slices: list[Tensor]) -> Tensor:
     """One tensor from its slices in all shards. Norms are not cut, but whole in each."""
     if len(slices) == 1 or slices[0].dim() == 1:
         return slices[0]
-    return torch.cat(slices, SHARD_AXIS[name.split(".")[-2]])
+    return torch.cat(slices, SHARD_AXIS.get(name.split(".")[-2], 0))
 
 
 def load_weights(
@@ -154,9 +154,8 @@ def load_weights(
         slices = [shard[name] for shard in shards.values() if name in shard]
         if name == "output.weight" and not slices:  # the head is the embedding
             slices = [weights["tok_embeddings.weight"]]
-        w = join(name, slices or [torch.empty(0)])
-        if w.shape != shape:
-            found = [tuple(part.shape) for part in slices]
+        found = [tuple(part.shape) for part in slices]
+        if len({*found}) != 1 or (w := join(name, slices)).shape != shape:
             raise ValueError(f"{name}: expected shape {shape}, found {found} in all shards")
         dtype = dtype or w.dtype  # that of the first, the embedding
         weights[name] = w.to(device=device, dtype=dtype)
@@ -224,7 +223,7 @@ def stop_ids(tokenizer: tiktoken.Encoding) -> list[int]:
 # ---------------------------------------------------------------------------- the heart: the model
 def project(x: Tensor, w: Tensor) -> Tensor:
     """x (B T D) times a matrix: w (F D) gives B T F; w (H E D), a matrix a head, gives B H T E."""
-    y = x @ w.flatten(0, -2).T  # one multiplication: the heads' matrices stand one below the other
+    y = x @ w.flatten(0, -2).T  # all heads at once: (H E D), seen as (HE D); (F D) stays as it is
     if w.dim() == 3:
         y = y.unflatten(-1, w.shape[:2]).transpose(1, 2)
     return y
@@ -238,19 +237,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rope_turns(positions: Tensor, params: Params) -> Tensor:
-    """How far is each pair turned at each position? (B T) to complex64 (B 1 T E/2) of length 1.
+    """How far is each pair turned at positions (B T)? As complex64 (B 1 T E/2) of length 1.
 
     Pair 0 turns by one radian a position, each next pair more slowly (RoFormer, Su et al. 2021).
     From 3.1 on, a pair with less than one turn in 8,192 positions is slowed down by a factor, one
     with more than four is not, with a blend between (llama-models, models/llama3/model.py).
     """
     E = params["head_dim"]
-    pairs = torch.arange(0, E, 2, device=positions.device).float()
-    freqs = 1.0 / params["rope_theta"] ** (pairs / E)  # radians a position
+    evens = torch.arange(0, E, 2, device=positions.device).float()  # each pair's first number
+    freqs = 1.0 / params["rope_theta"] ** (evens / E)  # radians a position
     if params["use_scaled_rope"]:
         low, high = params["rope_low_freq_factor"], params["rope_high_freq_factor"]
-        turns = params["rope_original_context"] / (2 * math.pi / freqs)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        full_turns = params["rope_original_context"] / (2 * math.pi / freqs)
+        keep = ((full_turns - low) / (high - low)).clamp(0, 1)
         freqs = (1 - keep) * freqs / params["rope_scaling_factor"] + keep * freqs
     angles = positions[:, None, :, None].float() * freqs
     return torch.polar(torch.ones_like(angles), angles)
@@ -263,7 +262,7 @@ def rotate(x: Tensor, turns: Tensor) -> Tensor:
 
 
 def causal_mask(positions: Tensor, cache: Cache | None, dtype: torch.dtype) -> Tensor:
-    """0 where a token may look, -inf at what comes later (B 1 T S). In a cache slot is position."""
+    """0 where a token may look, -inf at later ones (B 1 T S). In a cache, slot n is position n."""
     keys_at = positions
     if cache is not None:
         keys_at = torch.arange(cache[0][0].shape[2], device=positions.device)[None]
@@ -271,11 +270,11 @@ def causal_mask(positions: Tensor, cache: Cache | None, dtype: torch.dtype) -> T
     return torch.where(later, -math.inf, 0.0).to(dtype)
 
 
-def remember(layer: Pair, k: Tensor, v: Tensor, positions: Tensor) -> Pair:
+def remember(layer: KeysValues, k: Tensor, v: Tensor, positions: Tensor) -> KeysValues:
     """Puts k and v (B K T E) into a layer's cache; gives all keys and values there (B K S E)."""
     keys, values = layer
-    rows = torch.arange(len(k), device=k.device)[:, None]
-    keys[rows, :, positions] = k.transpose(1, 2)
+    rows = torch.arange(len(k), device=k.device)[:, None]  # B 1; with positions, B T: B T places
+    keys[rows, :, positions] = k.transpose(1, 2)  # at each of these places K E numbers
     values[rows, :, positions] = v.transpose(1, 2)
     return keys, values
 
@@ -290,10 +289,10 @@ def forward(
     probe: Probe = lambda name, dims, tensor: tensor,
     project: Callable[[Tensor, Tensor], Tensor] = project,
 ) -> Tensor:
-    """Llama 3: token ids (B T) to float32 logits (B T V); of one token a row, last (B), to (B 1 V).
+    """Llama 3: token ids (B T) to float32 logits (B T V), or (B 1 V), of token last[b] in row b.
 
-    positions (B T or 1 T): where the tokens stand, else 0 … T-1. cache: the keys and values that
-    earlier tokens left; these leave theirs. Source: llama-models, models/llama3/model.py.
+    positions (B T or 1 T): else 0 … T-1. cache: what earlier tokens left; these leave theirs. probe
+    gives what flows on; project multiplies. Source: llama-models, models/llama3/model.py.
     """
     tokens = probe("tokens", "B T", tokens)
     B, T = tokens.shape
@@ -315,14 +314,14 @@ def forward(
         v = project(h, weights[f"layers.{i}.attention.wv.weight"].view(K, E, -1))
         v = probe(f"layers.{i}.attention.v", "B K T E", v)
 
-        # Where does it stand? Once each is turned by its position, q · k depends on their distance.
+        # Where does a token stand? Once q and k are turned by it, q · k depends on their distance.
         q = probe(f"layers.{i}.attention.q_rotated", "B H T E", rotate(q, turns))
         k = probe(f"layers.{i}.attention.k_rotated", "B K T E", rotate(k, turns))
         if cache is not None:
             k, v = remember(cache[i], k, v, positions)  # from here on those of all S positions
 
         # How well does each key answer each query? What do the keys that answer well have to give?
-        scores = q.reshape(B, K, G * T, E) @ k.mT  # the G heads that share keys: one matrix
+        scores = q.reshape(B, K, G * T, E) @ k.mT  # G heads share keys: they are one matrix
         scores = scores.view(B, H, T, -1) / E**0.5 + mask
         scores = probe(f"layers.{i}.attention.scores", "B H T S", scores)
         probs = probe(f"layers.{i}.attention.probs", "B H T S", scores.softmax(-1))
@@ -361,7 +360,7 @@ def make_cache(weights: Weights, params: Params, B: int, S: int = 0) -> Cache:
 
 
 def grow(cache: Cache, S: int) -> None:
-    """Makes room for S positions, and no more: a product with a part of the cache would copy it."""
+    """Makes room for at least S positions: zeros behind what is there. This copies the cache."""
     for i, (keys, values) in enumerate(cache):
         more = S - keys.shape[2]
         if more > 0:
@@ -371,7 +370,7 @@ def grow(cache: Cache, S: int) -> None:
 def chunk_size(seen: int, params: Params, on_cpu: bool) -> int:
     """How many tokens to read at once? As many as are fast, unless scores (H T S) get too large."""
     fast, most_scores = (256, 2**25) if on_cpu else (4096, 2**28)
-    return min(fast, max(32, most_scores // (params["n_heads"] * (seen + 1))))
+    return min(fast, max(32, most_scores // (params["n_heads"] * (seen + fast))))
 
 
 @torch.no_grad()
@@ -389,18 +388,18 @@ def prefill(
     lengths (B): how many of a row's tokens count. watched stands for forward in the last chunk.
     """
     B, T = tokens.shape
-    last = torch.full((B,), T, device=tokens.device) if lengths is None else lengths
-    grow(cache, start + T)
+    ends = torch.full((B,), T, device=tokens.device) if lengths is None else lengths
+    grow(cache, start + T)  # now: forward gets views of it, and writes through them
     logits = torch.zeros(())
     a = 0
     while a < T:
         b = min(T, a + max(1, chunk_size(start + a, params, tokens.is_cpu) // B))
         positions = torch.arange(start + a, start + b, device=tokens.device)[None]
-        seen = [(keys[:, :, : start + b], values[:, :, : start + b]) for keys, values in cache]
-        read = watched if watched and b == T else forward
-        at = (last - 1 - a).clamp(0, b - a - 1)
-        chunk_logits = read(tokens[:, a:b], weights, params, seen, positions, at)
-        ended = last[:, None, None] <= a  # rows whose last token was in an earlier chunk
+        views = [(keys[:, :, : start + b], values[:, :, : start + b]) for keys, values in cache]
+        last = (ends - 1 - a).clamp(0, b - a - 1)
+        run = watched if watched and b == T else forward
+        chunk_logits = run(tokens[:, a:b], weights, params, views, positions, last)
+        ended = ends[:, None, None] <= a  # rows whose last token was in an earlier chunk
         logits = torch.where(ended, logits, chunk_logits)
         a = b
     return logits
@@ -417,15 +416,15 @@ def sample(
 
     top_k leaves the k likeliest, top_p the fewest that together reach it (Holtzman et al. 2020).
     """
-    if temperature == 0:
+    if temperature < 1e-30:  # 0, or too small for float32 to divide by
         return logits.argmax(-1)
     logits, ids = logits.sort(descending=True, stable=True)
     if top_k > 0:
         logits = logits[:, :top_k]
-    probs = ((logits - logits[:, :1]) / temperature).softmax(-1)  # less the largest: no overflow
+    probs = ((logits - logits[:, :1]) / temperature).softmax(-1)  # none above 0: no overflow
     if top_p < 1:
         likelier = probs.cumsum(-1) - probs  # the probability of all that is likelier
-        probs = probs.masked_fill(likelier >= top_p, 0)
+        probs = probs.masked_fill((likelier >= top_p) & (likelier > 0), 0)
     drawn = torch.multinomial(probs, 1, generator=generator)
     return ids.gather(-1, drawn)[:, 0]
 
@@ -460,7 +459,7 @@ def generate(
 
 # ---------------------------------------------------------------------- looking inside: the probes
 def check_dims(sizes: dict[str, int], name: str, dims: str, tensor: Tensor) -> None:
-    """Binds the letters of dims ("B H T E") to sizes. ValueError if a letter means two sizes."""
+    """ValueError if a shape contradicts dims ("B H T E") and sizes; new letters join sizes."""
     if not isinstance(tensor, Tensor):
         raise ValueError(f"{name}: a probe returned {tensor!r}, not the tensor that is to flow on")
     letters = dims.split()
@@ -472,7 +471,7 @@ def check_dims(sizes: dict[str, int], name: str, dims: str, tensor: Tensor) -> N
 
 
 def show_shapes(which: str, n_layers: int) -> Probe:
-    """A probe for one pass: names, dims and shapes of "all" its layers, or of the "first"."""
+    """A probe for one pass that prints its steps: those of "all" layers, or of the "first"."""
     sizes: dict[str, int] = {}
 
     def probe(name: str, dims: str, tensor: Tensor) -> Tensor:
@@ -489,7 +488,7 @@ def show_shapes(which: str, n_layers: int) -> Probe:
 
 # ------------------------------------------------------------------------- from a folder to a text
 def load_model(
-    path: str | Path = TINY, device: str = "cpu", dtype: Dtype = None, **options: Any
+    path: str | Path = TINY, device: str = "cpu", dtype: str | Dtype = None, **options: Any
 ) -> Model:
     """Weights, params and tokenizer of a folder. ValueError, in one line, for what is not right.
 
@@ -504,11 +503,12 @@ def load_model(
 
         return layouts.load_model(path, device, dtype, **options)
     folder = Path(path).expanduser()
-    file = folder / "params.json"
+    sizes = folder / "params.json"
     try:
-        params = fill_params(dict(json.loads(file.read_text(encoding="utf-8"))), file)
-    except (json.JSONDecodeError, TypeError, ArithmeticError, RecursionError) as problem:
-        raise ValueError(f"{file}: not the sizes of a Llama ({problem})") from None
+        given = dict(json.loads(sizes.read_text(encoding="utf-8")))
+    except (TypeError, ValueError, RecursionError) as problem:
+        raise ValueError(f"{sizes}: not a JSON object ({problem})") from None
+    params = fill_params(given, sizes)
     factor = options.get("rope_scaling_factor") or params["rope_scaling_factor"]
     params["rope_scaling_factor"] = factor
     files = sorted(folder.glob("consolidated.*.pth")) or [folder / "consolidated.00.pth"]
@@ -517,12 +517,13 @@ def load_model(
     shapes = weight_shapes(params)
     for name, w in itertools.chain(*(shard.items() for shard in shards.values())):
         if name not in shapes or w.dtype not in FLOATS or w.is_sparse or w.is_meta:
-            raise ValueError(f"{path}: {name} is {w.dtype}, which such a model does not have")
+            raise ValueError(f"{path}: {name} ({w.dtype}, {w.layout}) is not of such a model")
     if tokenizer.n_vocab != params["vocab_size"]:
         raise ValueError(f"{path}: the tokenizer has {tokenizer.n_vocab} tokens, another model's")
     weights = load_weights(shards, params, device, dtype)
     if not options.get("quiet"):
-        print(f"{path}: Meta layout, {len(files)} shards, RoPE scaling {factor:g}", file=sys.stderr)
+        words = f"shards: {len(files)}, RoPE scaling {params['use_scaled_rope'] * factor:g}"
+        print(f"{path}: Meta layout, {words}", file=sys.stderr)
     return weights, params, tokenizer
 
 
@@ -538,34 +539,33 @@ def text_of(steps: Iterable[Tensor], tokenizer: tiktoken.Encoding, new: list[int
 
 
 def stream(
-    prompt: str | list[int], weights: Source = TINY, max_new_tokens: int = 100, **options: Any
+    prompt: str | list[int], model: Source = TINY, max_new_tokens: int = 100, **options: Any
 ) -> Iterator[str]:
-    """Yields the text that goes on from a prompt, piece by piece. weights: a folder, or a Model.
+    """Yields the text that goes on from a prompt, piece by piece.
 
-    prompt: a text, or token ids. options: seed, probe (of the prompt's pass), and those of sample.
+    prompt: a text or ids. options: seed, probe (of the prompt's last chunk), and those of sample.
     """
-    if not isinstance(weights, tuple):
-        weights = load_model(weights, quiet=True)
-    tensors, params, tokenizer = weights
-    device = tensors["norm.weight"].device
+    if not isinstance(model, tuple):
+        model = load_model(model, quiet=True)
+    weights, params, tokenizer = model
+    device = weights["norm.weight"].device
     if isinstance(prompt, str):
         prompt = [special(tokenizer, "begin_of_text"), *encode(tokenizer, prompt)]
-    if len(prompt) > params["max_seq_len"]:
-        raise ValueError(f"{len(prompt)} tokens, the context only {params['max_seq_len']}")
+    if not 0 < len(prompt) <= params["max_seq_len"]:
+        raise ValueError(f"prompt of {len(prompt)} tokens, not 1 to {params['max_seq_len']}")
     watched = functools.partial(forward, probe=options.pop("probe", lambda name, dims, x: x))
-    options["generator"] = torch.Generator(device).manual_seed(options.pop("seed", 0))
+    options.setdefault("generator", torch.Generator(device).manual_seed(options.pop("seed", 0)))
     choose = functools.partial(sample, **options)
-    cache = make_cache(tensors, params, B=1)
-    tokens = torch.tensor([prompt], device=device)
-    logits = prefill(tokens, tensors, params, cache, watched=watched)
+    cache = make_cache(weights, params, B=1)
+    logits = prefill(torch.tensor([prompt], device=device), weights, params, cache, watched=watched)
     at = torch.tensor([len(prompt)], device=device)
-    steps = generate(logits, tensors, params, cache, at, choose)
+    steps = generate(logits, weights, params, cache, at, choose)
     yield from text_of(itertools.islice(steps, max_new_tokens), tokenizer, [])
 
 
-def complete(prompt: str | list[int], weights: Source = TINY, **options: Any) -> str:
-    """The text that goes on from a prompt; weights and options as in stream."""
-    return "".join(stream(prompt, weights, **options))
+def complete(prompt: str | list[int], model: Source = TINY, **options: Any) -> str:
+    """The text that goes on from a prompt; model and options as in stream."""
+    return "".join(stream(prompt, model, **options))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -588,8 +588,8 @@ def main(argv: list[str] | None = None) -> int:
         for piece in stream(args.pop("prompt"), model, probe=shapes, **args):
             print(piece, end="", flush=True)
         print()
-    except (ValueError, OSError, MemoryError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, RuntimeError) as problem:
+        print("error:", re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", str(problem)), file=sys.stderr)
         return 2
     return 0
 

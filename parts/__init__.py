@@ -2,8 +2,7 @@
 
 commandline: the flags · chat: the chat format · conversation: typed prompts · batch: many prompts ·
 layouts: other people's checkpoints · inside: breakpoints, traces, probes · eager, compiled: how a machine is
-made fast · parallel: several processes, one model. Arrows go one way: these import the script, and nothing in
-it stands here a second time.
+made fast · parallel: several processes, one model. Arrows go one way: these import the script.
 """
 
 import torch
@@ -20,3 +19,8 @@ def first_line(problem: object) -> str:
     """An error's first line, for an error of one line."""
     lines = str(problem).strip().splitlines() or [type(problem).__name__]
     return lines[0][:150]
+
+
+def printable(text: str) -> str:
+    """A text from a file or a name, for a terminal: control characters are spelled out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

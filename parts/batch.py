@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Callable
 
+import tiktoken
 import torch
 from torch import Tensor
 
@@ -11,6 +12,20 @@ import llama3_from_scratch as llama
 from parts.chat import prompt_ids
 
 MOST_ROWS = 32
+
+
+def ids_of(
+    prompts: list[str], tokenizer: tiktoken.Encoding, context: int, args: argparse.Namespace
+) -> list[list[int]]:
+    """Token ids of all prompts. ValueError for one that cannot be taken, with its number."""
+    rows = []
+    for n, prompt in enumerate(prompts, 1):
+        try:
+            rows.append(prompt_ids(prompt, tokenizer, context, args.chat, args.system))
+        except ValueError as problem:
+            where = f"--prompts, line {n}: " if args.prompts else ""
+            raise ValueError(f"{where}{problem}") from None
+    return rows
 
 
 def answer_all(
@@ -22,14 +37,7 @@ def answer_all(
 ) -> None:
     """Goes on from many prompts, MOST_ROWS at a time: one JSON line each on stdout, in their order."""
     _, params, tokenizer = model
-    rows = []
-    for n, prompt in enumerate(prompts, 1):
-        try:
-            rows.append(
-                prompt_ids(prompt, tokenizer, params["max_seq_len"], args.chat, args.system)
-            )
-        except ValueError as problem:
-            raise ValueError(f"--prompts, line {n}: {problem}") from None
+    rows = ids_of(prompts, tokenizer, params["max_seq_len"], args)
     stops = llama.stop_ids(tokenizer)
     for a in range(0, len(rows), MOST_ROWS):
         batch = rows[a : a + MOST_ROWS]
@@ -64,7 +72,8 @@ def go_on_together(
 
     new: list[list[int]] = [[] for _ in rows]
     going = [n for n, ids in enumerate(rows) if max_new_tokens and len(ids) < params["max_seq_len"]]
-    logits, positions, cache = logits[going], positions[going], rows_of(cache, going)
+    if len(going) < len(rows):
+        logits, positions, cache = logits[going], positions[going], rows_of(cache, going)
     while going:
         chosen = choose(logits[:, -1])
         stay = []  # who goes on? Their places among those that do now

@@ -35,9 +35,8 @@ def prompt_ids(
     """
     if not prompt:
         raise ValueError("the prompt is empty")
-    if re.search(
-        "[\ud800-\udfff]", prompt + (system or "")
-    ):  # so Python keeps bytes that are no UTF-8
+    # Python keeps bytes that are no UTF-8 as surrogates.
+    if re.search("[\ud800-\udfff]", prompt + (system or "")):
         raise ValueError("the prompt is not valid UTF-8")
     ids = list(said)
     if not said:

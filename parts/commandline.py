@@ -13,13 +13,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 import llama3_from_scratch as llama
-from parts import batch, conversation
+from parts import batch, conversation, printable
 from parts.chat import prompt_ids
 from parts.eager import one_token_step
 from parts.inside import check_finite
@@ -134,7 +134,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
 
-    def wrong(message: str) -> None:
+    def wrong(message: str) -> NoReturn:
         raise ValueError(f"{message} (--help shows what there is)")
 
     parser.error = wrong  # type: ignore
@@ -189,7 +189,6 @@ def answer(
     ids: list[int],
     cache: llama.Cache,
     cached: int,
-    show: str,
     *,
     model: llama.Model,
     args: argparse.Namespace,
@@ -198,25 +197,25 @@ def answer(
 ) -> list[int]:
     """Goes on from ids, of which the cache holds the first `cached`: text to stdout, all else to stderr.
 
-    show: the shapes of which layers. watched: forward, or a copy that is looked into. go_on: generate with
-    all its options. Returns the new ids; all but the last of them are then in the cache.
+    watched: forward, or a copy that is looked into. go_on: generate with all its options. Returns the new
+    ids; all but the last of them are then in the cache.
     """
     weights, params, tokenizer = model
-    if show != "none":
+    if args.show != "none":
         show_prompt(ids, cached, tokenizer)
-        watched = functools.partial(watched, probe=llama.show_shapes(show, params["n_layers"]))
+        shapes = llama.show_shapes(args.show, params["n_layers"])
+        watched = functools.partial(watched, probe=shapes)
     tokens = torch.tensor([ids[cached:]], device=args.device)
     started = time.perf_counter()
     logits = llama.prefill(tokens, weights, params, cache, cached, watched=watched)
     check_finite(logits, weights)
     read = first = time.perf_counter()
-    if show != "none":
+    if args.show != "none":
         show_next(logits, tokenizer)
 
     if not args.chat and sys.stdout.isatty() and sys.stderr.isatty():
-        print(
-            tokenizer.decode(ids[1:]), end="", file=sys.stderr, flush=True
-        )  # so that the text reads as one
+        prompt = tokenizer.decode(ids[1:])
+        print(prompt, end="", file=sys.stderr, flush=True)  # so that the text reads as one
     at = torch.tensor([len(ids)], device=args.device)
     steps = itertools.islice(go_on(logits, weights, params, cache, at), args.max_new_tokens)
     new: list[int] = []
@@ -225,11 +224,12 @@ def answer(
             first = time.perf_counter()
         print(piece, end="", flush=True)
     print("\n" if new else "", end="", flush=True)
-
     ended = time.perf_counter()
-    if len(ids) + len(new) == params["max_seq_len"]:
+
+    stopped = new and new[-1] in llama.stop_ids(tokenizer)
+    if len(ids) + len(new) == params["max_seq_len"] and not stopped:
         print(f"[the context of {params['max_seq_len']:,} tokens is full]", file=sys.stderr)
-    elif new and new[-1] not in llama.stop_ids(tokenizer):
+    elif new and not stopped:
         print(f"[cut at --max-new-tokens {args.max_new_tokens}]", file=sys.stderr)
     T = len(ids) - cached
     print(
@@ -263,11 +263,11 @@ def run(args: argparse.Namespace) -> None:
     prompts = given_prompts(args)
 
     def positions(tokenizer: Any, context: int) -> int:
-        """How many the cache will hold, for the check of the memory."""
-        longest = max(prompts or [""], key=len) or "?"
-        ids = prompt_ids(longest, tokenizer, math.inf, args.chat, args.system)
-        rows = min(len(prompts or [""]), batch.MOST_ROWS)
-        return rows * min(context, args.max_new_tokens + len(ids))
+        """How many the cache will hold, for the check of the memory. It also finds wrong prompts early."""
+        if prompts is None:
+            return min(context, args.max_new_tokens)
+        longest = max(map(len, batch.ids_of(prompts, tokenizer, context, args)))
+        return min(len(prompts), batch.MOST_ROWS) * min(context, args.max_new_tokens + longest)
 
     model = weights, params, tokenizer = llama.load_model(
         args.weights,
@@ -303,14 +303,14 @@ def run(args: argparse.Namespace) -> None:
     go_on = functools.partial(llama.generate, choose=choose, step=step)
     how = functools.partial(answer, model=model, args=args, watched=watched, go_on=go_on)
     if prompts is None:
-        return conversation.converse(model, args, how)
+        return conversation.converse(model, args, answer=how)
     ids = prompt_ids(prompts[0], tokenizer, params["max_seq_len"], args.chat, args.system)
     if args.save_trace is not None:
         from parts.inside import save_trace
 
         about = {"prompt": prompts[0], "weights": args.weights}
         save_trace(args.save_trace, torch.tensor([ids], device=args.device), model, about)
-    how(ids, llama.make_cache(weights, params, 1), 0, args.show)
+    how(ids, llama.make_cache(weights, params, 1), 0)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -340,9 +340,10 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, MemoryError, RuntimeError) as problem:
         if isinstance(problem, RuntimeError) and "memory" not in str(problem):
             raise  # a mistake of ours
-        print(f"error: {str(problem).partition(chr(10))[0] or 'out of memory'}", file=sys.stderr)
+        line = str(problem).partition("\n")[0] or "out of memory"
+        print(f"error: {printable(line)}", file=sys.stderr)
         return 2
     finally:
-        if main_thread:  # as it was, for a notebook
+        if main_thread and handler is not None:  # as it was, for a notebook
             signal.signal(signal.SIGINT, handler)
     return 0

@@ -47,22 +47,20 @@ def converse(
         raise ValueError("--save-trace needs a prompt on the command line")
     cache = llama.make_cache(weights, params, 1)
     said: list[int] = []
-    cached, show = 0, args.show
+    cached = 0
     for prompt in typed_prompts():
         try:
+            ids = turn_ids(prompt, [], tokenizer, args, params["max_seq_len"])
+        except ValueError as problem:  # it would be too long alone
+            print(f"error: {problem}", file=sys.stderr)
+            continue
+        try:
             ids = turn_ids(prompt, said, tokenizer, args, params["max_seq_len"])
-        except ValueError as problem:
-            try:  # without what was said before?
-                ids = turn_ids(prompt, [], tokenizer, args, params["max_seq_len"])
-            except ValueError:
-                print(f"error: {problem}", file=sys.stderr)
-                continue
+        except ValueError:
             print("[the context is full: the conversation begins anew]", file=sys.stderr)
             cached = 0
-        new = answer(ids, cache, cached, show)
-        show = "none"  # once is enough
+        new = answer(ids, cache, cached)
+        args.show = "none"  # once is enough
         if args.chat:
-            said, cached = (
-                ids + new,
-                len(ids) + len(new) - 1,
-            )  # the last token has not been read yet
+            said = ids + new
+            cached = len(said) - 1  # the last token has not been read yet

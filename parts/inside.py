@@ -21,7 +21,8 @@ def check_finite(logits: Tensor, weights: llama.Weights) -> None:
         return
     for name, w in weights.items():
         if not w.isfinite().all():
-            raise ValueError(f"{name} holds a number that is not finite; the file is damaged")
+            cause = "the file is damaged, or --dtype float16 too small for it"
+            raise ValueError(f"{name} holds a number that is not finite; {cause}")
     raise ValueError("the logits are not finite, though the weights are; --dtype float32 may help")
 
 

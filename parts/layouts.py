@@ -28,7 +28,7 @@ from torch import Tensor
 
 import llama3_from_scratch as llama
 from llama3_from_scratch import Params, Weights
-from parts import first_line, processes
+from parts import eager, first_line, processes
 
 Convert = Callable[[str, Tensor], Tensor]  # what another layout does to a tensor of this name
 Shards = dict[str, Weights]  # tensors by Meta's names, by file
@@ -605,19 +605,19 @@ def remote_files(url: str) -> dict[str, Any]:
 
 
 def copy_file(url: str, target: Path, size: int, progress: Callable[[int], None]) -> None:
-    """Copies one file beside its target and renames it when it is whole."""
+    """Copies one file next to its target and renames it when it is whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(target.name + ".part")
+    part = target.with_name(target.name + ".part")
     try:
-        with blobfile.BlobFile(url, "rb", streaming=True) as source, open(beside, "wb") as copy:
+        with blobfile.BlobFile(url, "rb", streaming=True) as source, open(part, "wb") as copy:
             while block := source.read(2**22):
                 copy.write(block)
                 progress(copy.tell())
-        if beside.stat().st_size != size:
-            raise ValueError(f"{beside.stat().st_size} bytes came, {size} were announced")
-        beside.replace(target)
+        if part.stat().st_size != size:
+            raise ValueError(f"{part.stat().st_size} bytes came, {size} were announced")
+        part.replace(target)
     finally:
-        beside.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def cached_copy(url: str, cache_dir: str | None = None) -> Path:
@@ -890,6 +890,7 @@ def load_model(
         weights = parallel.load_share(shards, own, device, dtype, convert)
     else:
         weights = llama.load_weights(shards, params, device, dtype, join)
+    eager.keep_freed_memory()
     if not quiet:
         print(
             f"{path}: {words}, {n_layers or of} of {of} layers, {count / 1e6:,.1f} M parameters, "

@@ -198,10 +198,10 @@ def test_a_character_is_held_back_until_it_is_whole(capsys, monkeypatch):
     monkeypatch.setattr(
         "builtins.print", lambda *text, file=None, **_: file or pieces.append(text[0])
     )
-    args = commandline.parse_arguments(["x"])
+    args = commandline.parse_arguments(["x", "--show", "none"])
     model = None, {"max_seq_len": 99}, tokenizer
     how = {"model": model, "args": args, "watched": None, "go_on": lambda *_: iter(said[:-1])}
-    commandline.answer([1], None, 0, "none", **how)
+    commandline.answer([1], None, 0, **how)
     assert [piece for piece in pieces if piece] == ["a", "🦙", "中", "é"]
 
 
@@ -210,14 +210,17 @@ def test_stops_on_every_stop_token(monkeypatch):
     monkeypatch.setattr(llama, "prefill", lambda *_, **__: torch.zeros(1))
     for name in ("end_of_text", "eot_id", "eom_id"):
         said = [65, llama.special(tokenizer, name), 66]
-        model, args = (None, {"max_seq_len": 99}, tokenizer), commandline.parse_arguments(["x"])
+        model, args = (
+            (None, {"max_seq_len": 99}, tokenizer),
+            commandline.parse_arguments(["x", "--show", "none"]),
+        )
         how = {
             "model": model,
             "args": args,
             "watched": None,
             "go_on": lambda *_, said=said: iter(said),
         }
-        new = commandline.answer([1], None, 0, "none", **how)
+        new = commandline.answer([1], None, 0, **how)
         assert new == said[:2]
 
 
@@ -401,13 +404,14 @@ def test_break_at_patterns_and_pythonbreakpoint(script, tmp_path, monkeypatch):
     assert fresh("Hello", *flags, input="q\n").returncode == 0
 
 
-def test_chunked_prompt_shows_its_last_chunk(model, capsys):
+def test_chunked_prompt_shows_its_last_chunk(model, capsys, monkeypatch):
     params, weights = model()
     import functools
 
     watched = functools.partial(llama.forward, probe=llama.show_shapes("first", params["n_layers"]))
     cache = llama.make_cache(weights, params, 1, 11)
-    llama.prefill(some_tokens(params, B=1), weights, params, cache, watched=watched, most_tokens=4)
+    monkeypatch.setattr(llama, "chunk_size", lambda *_: 4)
+    llama.prefill(some_tokens(params, B=1), weights, params, cache, watched=watched)
     shown = capsys.readouterr().err
     assert (
         "layers.0.attention.scores        B H T S  1 8 3 11         float32" in shown

@@ -148,7 +148,7 @@ def test_python_in_the_readme_runs(tmp_path):
         block for block in python_blocks() if "transformers" not in block
     ]  # that: test_compare.py
     blocks = [block for block in blocks if "fairscale" not in block]
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     blocks[1] = blocks[0] + blocks[1]  # it says "as above"
     for n, block in enumerate(blocks):
         file = tmp_path / f"test_readme_{n}.py"

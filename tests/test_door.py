@@ -301,7 +301,7 @@ def test_the_script_copied_out_alone_still_reads_metas_layout(checkpoint, tmp_pa
         command, cwd=tmp_path / "alone", capture_output=True, text=True, env={"PATH": ""}
     )
     assert run.returncode == 0, run.stderr
-    assert "Meta layout, 2 shards, RoPE scaling 5\n" in run.stderr
+    assert "Meta layout, shards: 2, RoPE scaling 5\n" in run.stderr
     assert "and the same in the other 2 layers" in run.stderr
     assert "layers.0.attention.scores        B H T S  1 8 3 3" in run.stderr
     (folder / "consolidated.00.pth").unlink()

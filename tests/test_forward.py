@@ -122,7 +122,7 @@ def test_late_positions_equal_transformers(model):
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 10, 11])
-def test_cached_and_chunked_equal_whole(model, shape, chunk):
+def test_cached_and_chunked_equal_whole(model, shape, chunk, monkeypatch):
     params, weights = model(**shape)
     tokens = some_tokens(params, B=2, T=11)
     whole = llama.forward(tokens, weights, params)
@@ -140,13 +140,8 @@ def test_cached_and_chunked_equal_whole(model, shape, chunk):
         for a in range(0, 11, chunk)
     ]
     assert relative_error(torch.cat(parts, 1), whole) < 1e-6
-    last = llama.prefill(
-        tokens,
-        weights,
-        params,
-        llama.make_cache(weights, params, 2, 11),
-        most_tokens=chunk * 2,
-    )
+    monkeypatch.setattr(llama, "chunk_size", lambda *_: chunk * 2)  # of both rows
+    last = llama.prefill(tokens, weights, params, llama.make_cache(weights, params, 2, 11))
     assert relative_error(last, whole[:, -1:]) < 1e-6
 
 
@@ -298,7 +293,7 @@ def test_sees_through_torch_compile(model):
     assert torch.equal(compiled(tokens, weights, params), llama.forward(tokens, weights, params))
 
 
-def test_rows_of_different_lengths_run_together(model):
+def test_rows_of_different_lengths_run_together(model, monkeypatch):
     """Prompts of different lengths, in chunks, with rows that leave early, go on as each does alone."""
     params, weights = model()
     prompts = [some_tokens(params, B=1, T=n, seed=n)[0] for n in (3, 11, 7, 1, 11)]
@@ -310,11 +305,10 @@ def test_rows_of_different_lengths_run_together(model):
         logits = llama.prefill(prompt[None], weights, params, cache)
         steps = llama.generate(logits, weights, params, cache, torch.tensor([len(prompt)]))
         alone.append([int(next(steps)) for _ in range(31)])
-    for most_tokens in (None, 5 * 4):
+    for chunk in (256, 5 * 4):
         cache = llama.make_cache(weights, params, 5)
-        logits = llama.prefill(
-            tokens, weights, params, cache, lengths=lengths, most_tokens=most_tokens
-        )
+        monkeypatch.setattr(llama, "chunk_size", lambda *_, chunk=chunk: chunk)
+        logits = llama.prefill(tokens, weights, params, cache, lengths=lengths)
         rows, new, positions = list(range(5)), [[] for _ in prompts], lengths
         for n in range(30):
             chosen = llama.sample(logits[:, -1])

@@ -107,7 +107,7 @@ def test_complete_and_stream(script, capfd):
         "Hi", model, max_new_tokens=5, temperature=1.0, top_k=1
     ) == llama.complete("Hi", model, max_new_tokens=5)
     assert capfd.readouterr() == ("", "")
-    with pytest.raises(ValueError, match="tokens, the context only"):
+    with pytest.raises(ValueError, match="prompt of 3001 tokens, not 1 to 2048"):
         llama.complete("a" * 3000, model)
     with pytest.raises(ValueError, match="nowhere: no such file or folder"):
         llama.complete("Hi", "nowhere")

@@ -233,7 +233,7 @@ def no_final_norm(name, x, seen, run):
         return seen["in"]
 
 
-def weights(change):
+def changed_weights(change):
     """change(name, w, weights) gives another tensor for a weight, or None."""
 
     def changed(held):
@@ -243,7 +243,8 @@ def weights(change):
     return {"weights": changed}
 
 
-def params(**changes):
+def changed_params(**changes):
+    """Other sizes, such as rope_theta=10000.0, in place of the model's."""
     return {"params": lambda held: held | changes}
 
 
@@ -255,7 +256,7 @@ def swapped(a, b):
             if name.startswith("layers.") and name.endswith(f".{one}.weight"):
                 return held[name.replace(one, other)]
 
-    return weights(change)
+    return changed_weights(change)
 
 
 def transposed(part):
@@ -263,11 +264,11 @@ def transposed(part):
         if name.endswith(f"{part}.weight") and w.shape[0] == w.shape[1]:
             return w.T.contiguous()
 
-    return weights(change)
+    return changed_weights(change)
 
 
 def norm_weights(how):
-    return weights(lambda name, w, held: how(w) if name.endswith("norm.weight") else None)
+    return changed_weights(lambda name, w, held: how(w) if name.endswith("norm.weight") else None)
 
 
 def rotate_half(x, turns):
@@ -293,17 +294,17 @@ MISTAKES = {  # what it is: (how it is made, the mend)
         {"positions": lambda at: at + 1},
         "the first token stands at position 0",
     ),
-    "rope_theta is 10000": (params(rope_theta=10000.0), "take rope_theta from params.json"),
+    "rope_theta is 10000": (changed_params(rope_theta=10000.0), "take rope_theta from params.json"),
     "RoPE scaling is off": (
-        params(use_scaled_rope=False),
+        changed_params(use_scaled_rope=False),
         "from Llama 3.1 on frequencies are scaled",
     ),
     "the RoPE scaling factor is 8": (
-        params(rope_scaling_factor=8),
+        changed_params(rope_scaling_factor=8),
         "here it is {rope_scaling_factor:g}; 3.2 1B and 3B have 32",
     ),
     "the RoPE scaling factor is 32": (
-        params(rope_scaling_factor=32),
+        changed_params(rope_scaling_factor=32),
         "here it is {rope_scaling_factor:g}; only 3.2 1B and 3B have 32",
     ),
     "the RoPE table is in bfloat16": (rotated(bfloat16_table), "keep cos and sin in float32"),
@@ -348,7 +349,7 @@ MISTAKES = {  # what it is: (how it is made, the mend)
         swapped("attention_norm", "ffn_norm"),
         "input_layernorm is attention_norm, post_attention_layernorm is ffn_norm",
     ),
-    "norm eps is 1e-6": (params(norm_eps=1e-6), "take norm_eps from params.json"),
+    "norm eps is 1e-6": (changed_params(norm_eps=1e-6), "take norm_eps from params.json"),
     "norms are computed in bfloat16": (norms(norm_in_bfloat16), "square and average in float32"),
     "norm weights are forgotten": (
         norm_weights(torch.ones_like),
@@ -393,7 +394,7 @@ MISTAKES = {  # what it is: (how it is made, the mend)
         "norm.weight comes before the output head",
     ),
     "the embedding is used as the output head": (
-        weights(
+        changed_weights(
             lambda name, w, held: held["tok_embeddings.weight"] if name == "output.weight" else None
         ),
         "this model is not tied: use output.weight (lm_head)",
@@ -430,14 +431,14 @@ def make(names, tokens, held, sizes):
             seen.update({"layer": layer[0], "in": stream})
         if short == "norm":
             seen.update({"layer": "", "in": seen["out"]})
-        found = [x]
+        flowing = [x]
         for inject in injections:
-            wrong = inject(short, found[-1], seen, run)
+            wrong = inject(short, flowing[-1], seen, run)
             if wrong is not None:
-                found.append(wrong.to(x.dtype))
-        seen[short] = found[-1]
-        trace[name] = found[::-1]
-        return found[-1]
+                flowing.append(wrong.to(x.dtype))
+        seen[short] = flowing[-1]
+        trace[name] = flowing[::-1]
+        return flowing[-1]
 
     forward(tokens, run["weights"], run["params"], positions=run["positions"], probe=probe)
     return trace
@@ -448,20 +449,20 @@ def make(names, tokens, held, sizes):
 
 def readings(name, theirs, ours, G):
     """Ways in which a tensor can be laid out that make no difference: (words, theirs, ours) of one shape."""
-    found, heads = [((), theirs, ours)], ours.dim() == 4
+    read, heads = [((), theirs, ours)], ours.dim() == 4
     B, T = (
         ours.shape[0],
         ours.shape[-2] if not name.endswith(("scores", "probs")) else ours.shape[-1],
     )
 
     def also(words, change):
-        for said, x, y in list(found):
+        for said, x, y in list(read):
             try:
                 result = change(x, y)
             except (RuntimeError, IndexError, ValueError):
                 continue  # it cannot be read so
             if result is not None:
-                found.append(
+                read.append(
                     ((*said, words), *(result if isinstance(result, tuple) else (result, y)))
                 )
 
@@ -503,7 +504,7 @@ def readings(name, theirs, ours, G):
             )
         if name.endswith(("q", "k", "_rotated")):
             also("half-split pairs", lambda x, y: to_pairs(x))
-    return [(said, x, y) for said, x, y in found if x.shape == y.shape]
+    return [(said, x, y) for said, x, y in read if x.shape == y.shape]
 
 
 def in_groups(x, y):
@@ -539,9 +540,9 @@ def best_reading(name, theirs, candidates, G, tolerance):
     best = None
     for ours in candidates:
         for said, x, y in readings(name, theirs, ours, G):
-            found = difference(x, y) | {"layout": ", ".join(said)}
-            if best is None or found["relative"] < best["relative"]:
-                best = found
+            here = difference(x, y) | {"layout": ", ".join(said)}
+            if best is None or here["relative"] < best["relative"]:
+                best = here
             if best["relative"] <= tolerance:
                 return best
     if best is None:
@@ -564,8 +565,8 @@ def compare(theirs, trace, tolerances, G):
 
 def layers_until(name, params):
     """Params of a model cut after the layer of a tensor: what is needed to see whether it is explained."""
-    found = re.match(r"layers\.(\d+)\.", name)
-    return params | {"n_layers": min(params["n_layers"], int(found[1]) + 2)} if found else params
+    layer = re.match(r"layers\.(\d+)\.", name)
+    return params | {"n_layers": min(params["n_layers"], int(layer[1]) + 2)} if layer else params
 
 
 def diagnose(theirs, tokens, weights, params, tolerances, most=3):
@@ -581,12 +582,12 @@ def diagnose(theirs, tokens, weights, params, tolerances, most=3):
         return math.inf if name is None else names.index(name)
 
     def errors(mistakes, sizes):
-        found = compare(theirs, make(mistakes, tokens, weights, sizes), tolerances, G)
-        return {name: d["relative"] for name, d in found.items()}
+        differences = compare(theirs, make(mistakes, tokens, weights, sizes), tolerances, G)
+        return {name: d["relative"] for name, d in differences.items()}
 
-    def next_difference(found, mistakes, right):
+    def next_difference(errors_by_name, mistakes, right):
         """Rounding to bfloat16 on purpose need only come five times as near, where it was near before."""
-        for name, error in found.items():
+        for name, error in errors_by_name.items():
             near = (
                 min(right[name] / 5, 5e-3)
                 if any("bfloat16" in mistake for mistake in mistakes)
@@ -601,14 +602,14 @@ def diagnose(theirs, tokens, weights, params, tolerances, most=3):
         cut = layers_until(first, params)  # enough to see whether it is explained
 
         def until(mistakes, first=first, cut=cut):
-            found = next_difference(errors(mistakes, cut), mistakes, right)
-            if place(found) > place(first) and cut is not params:
-                found = next_difference(errors(mistakes, params), mistakes, right)
-            return found
+            next_one = next_difference(errors(mistakes, cut), mistakes, right)
+            if place(next_one) > place(first) and cut is not params:
+                next_one = next_difference(errors(mistakes, params), mistakes, right)
+            return next_one
 
         others = [name for name in MISTAKES if name not in made]
         reach = {(name,): until([*made, name]) for name in others}
-        if all(place(found) <= place(first) for found in reach.values()):  # two in the same place?
+        if all(place(name) <= place(first) for name in reach.values()):  # two in the same place?
             before = errors(made, cut)[first]
             touching = [name for name in others if errors([*made, name], cut).get(first) != before]
             pairs = itertools.combinations(touching, 2)
@@ -617,7 +618,7 @@ def diagnose(theirs, tokens, weights, params, tolerances, most=3):
         if furthest <= place(first):
             steps.append({"first": first, "mistakes": [], "until": first})
             break
-        best = [pair for pair, found in reach.items() if place(found) == furthest]
+        best = [pair for pair, name in reach.items() if place(name) == furthest]
         for n, mistake in enumerate(best[0]):
             alike = [pair[n] for pair in best] if len(best[0]) == 1 else [mistake]
             last = n == len(best[0]) - 1
@@ -738,9 +739,9 @@ def run(args):
                     f"{args.theirs}: {name} holds {theirs[name][tuple(place)]} at {place}"
                 )
         tolerances = tolerances_of(args, theirs, trace, about, tokens, weights, params)
-        found = compare(theirs, trace, tolerances, G)
+        differences = compare(theirs, trace, tolerances, G)
         steps = diagnose(theirs, tokens, weights, params, tolerances)
-    report(args, theirs, found, tolerances, steps, odd, params)
+    report(args, theirs, differences, tolerances, steps, odd, params)
     return 1 if steps or odd else 0
 
 
@@ -764,16 +765,17 @@ def tolerances_of(args, theirs, trace, about, tokens, weights, params):
     return dict.fromkeys(trace, 1e-5)
 
 
-def report(args, theirs, found, tolerances, steps, odd, params):
+def report(args, theirs, differences, tolerances, steps, odd, params):
     unknown = [name for name in theirs if name not in tolerances and not name.startswith("lens.")]
     if args.json:
         print(
             json.dumps(
-                {"tensors": found, "tokens": odd, "steps": steps, "ignored": unknown}, indent=1
+                {"tensors": differences, "tokens": odd, "steps": steps, "ignored": unknown},
+                indent=1,
             )
         )
         return
-    for name, d in found.items():
+    for name, d in differences.items():
         verdict = "ok" if d["relative"] <= tolerances[name] else "DIFFERS"
         print(
             f"{name:<34} {verdict:<8} relative {d['relative']:<8.1e} largest {d['absolute']:.1e} "
@@ -786,11 +788,12 @@ def report(args, theirs, found, tolerances, steps, odd, params):
         print(f"{odd[0].upper()}{odd[1:]}.")
     of = 4 + 17 * params["n_layers"] - 1  # all but the tokens
     worst = max(
-        (d["relative"] for n, d in found.items() if d["relative"] <= tolerances[n]), default=0
+        (d["relative"] for n, d in differences.items() if d["relative"] <= tolerances[n]), default=0
     )
     if not steps:
         print(
-            f"Everything agrees to {worst:.1e}{' on these tokens' * bool(odd)}: {len(found)} of {of} tensors."
+            f"Everything agrees to {worst:.1e}{' on these tokens' * bool(odd)}: "
+            f"{len(differences)} of {of} tensors."
         )
         if max(tolerances.values()) > 1e-3 and not args.tolerance:
             print(
@@ -798,20 +801,20 @@ def report(args, theirs, found, tolerances, steps, odd, params):
                 "to be sure, compare a dump in float32, of some hundred tokens."
             )
         return
-    order = list(found)
+    order = list(differences)
     for n, step in enumerate(steps):
-        first, d = step["first"], found[step["first"]]
+        first, d = step["first"], differences[step["first"]]
         before = order[: order.index(first)]
         if n == 0:
             if before:
-                agreed = max(found[name]["relative"] for name in before)
+                agreed = max(differences[name]["relative"] for name in before)
                 print(f"Everything agrees to {agreed:.1e} up to {before[-1]};")
             print(f"{first} is the first that differs (relative error {d['relative']:.2g}).")
         else:
             print(f"With that made here too, {first} is the next that differs.")
         if not step["mistakes"]:
             print("No mistake that is known here gives these tensors.")
-            exact = before and max(found[name]["relative"] for name in before) < 1e-6
+            exact = before and max(differences[name]["relative"] for name in before) < 1e-6
             if d["relative"] < 0.03 and tolerances[first] < 1e-3 and not args.dtype and not exact:
                 print(
                     "If the port computes in 16 bits, this may be rounding: --dtype bfloat16 allows for it."
