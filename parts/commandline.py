@@ -223,7 +223,7 @@ def answer(
         if len(new) == 1:
             first = time.perf_counter()
         print(piece, end="", flush=True)
-    print("\n" if new else "", end="", flush=True)
+    print("", end="\n" if new else "", flush=True)
     ended = time.perf_counter()
 
     stopped = new and new[-1] in llama.stop_ids(tokenizer)
