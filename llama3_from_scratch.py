@@ -25,9 +25,11 @@ import argparse
 import base64
 import codecs
 import functools
+import importlib.util
 import itertools
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -38,7 +40,8 @@ from typing import Any
 
 if vars(sys.modules["__main__"]) is globals():  # run, not imported, and not inside a profiler
     sys.modules["llama3_from_scratch"] = sys.modules["__main__"]  # what parts/ import is this copy
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # quiet also while torch is imported
+    if "IPython" not in sys.modules:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # quiet also while torch is imported
 with warnings.catch_warnings():
     warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch would like to have it
     import torch
@@ -56,9 +59,11 @@ Forward = Callable[..., Tensor]  # forward, or what stands for it: compiled, or 
 Model = tuple[Weights, Params, tiktoken.Encoding]
 Source = str | Path | Model  # a folder with a model, or one that is loaded
 Dtype = torch.dtype | None  # a number format, or that of the file
-TINY = Path(__file__).resolve().parent / "weights" / "tiny"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-PARTS = Path(__file__).resolve().parent / "parts"  # what this file takes in if it is there
+HERE = Path(__file__).resolve().parent
+TINY = HERE / "weights" / "tiny"
+beside = importlib.util.find_spec("parts")  # what this file takes in, if it is there
+PARTS = beside is not None and Path(str(beside.origin)).resolve().parent == HERE / "parts"
 
 # ---------------------------------------------------------------------------------- the checkpoint
 SHARD_AXIS = dict.fromkeys("tok_embeddings output wq wk wv w1 w3".split(), 0)
@@ -87,7 +92,6 @@ def fill_params(given: Params, source: object = "params") -> Params:
         if not (known and right_kind and (0 < value <= largest or value == DEFAULTS.get(key))):
             found = "missing" if value is None else repr(value)[:40]
             raise ValueError(f"{source}: {key} is {found}, which does not make a Llama 3")
-
     D, H = params["dim"], params["n_heads"]
     # SwiGLU has three matrices where others have two: 2/3 of the usual 4 D units, then rounded up.
     units = int(params["ffn_dim_multiplier"] * int(2 * 4 * D / 3))
@@ -146,17 +150,16 @@ def load_weights(
 ) -> Weights:
     """Whole tensors in Meta's names, from one shard or many. ValueError if one does not fit.
 
-    One shard in its own dtype on the CPU is used straight from the mapped file. Else tensor after
-    tensor is joined, converted and moved: memory peaks at the model plus one tensor.
+    One by one: memory peaks at the model plus one. What needs no change stays mapped from disk.
     """
     weights: Weights = {}
     for name, shape in weight_shapes(params).items():
-        slices = [shard[name] for shard in shards.values() if name in shard]
-        if name == "output.weight" and not slices:  # the head is the embedding
+        slices = [shard.get(name, torch.empty(0)) for shard in shards.values()]
+        if name == "output.weight" and not any(map(len, slices)):  # the head is the embedding
             slices = [weights["tok_embeddings.weight"]]
         found = [tuple(part.shape) for part in slices]
         if len({*found}) != 1 or (w := join(name, slices)).shape != shape:
-            raise ValueError(f"{name}: expected shape {shape}, found {found} in all shards")
+            raise ValueError(f"{name}: expected shape {shape}, found {found} in the shards")
         dtype = dtype or w.dtype  # that of the first, the embedding
         weights[name] = w.to(device=device, dtype=dtype)
     return weights
@@ -198,10 +201,7 @@ def load_tokenizer(path: str | Path) -> tiktoken.Encoding:
 
 
 def encode(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
-    """Token ids of a text. Nothing in it becomes a special token, whatever it spells.
-
-    tiktoken can crash on long runs: they are cut as Meta cuts them (models/llama3/tokenizer.py).
-    """
+    """Token ids of a text, cut as Meta cuts it lest tiktoken crash. None is of a special token."""
     ids = []
     for part in (text[n : n + 400_000] for n in range(0, len(text), 400_000)):
         cuts = [run.end() for run in re.finditer(r"\S{25000}(?=\S)|\s{25000}(?=\s)", part)]
@@ -239,9 +239,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rope_turns(positions: Tensor, params: Params) -> Tensor:
     """How far is each pair turned at positions (B T)? As complex64 (B 1 T E/2) of length 1.
 
-    Pair 0 turns by one radian a position, each next pair more slowly (RoFormer, Su et al. 2021).
-    From 3.1 on, a pair with less than one turn in 8,192 positions is slowed down by a factor, one
-    with more than four is not, with a blend between (llama-models, models/llama3/model.py).
+    Pair 0 turns by a radian a position, each next one more slowly (RoFormer, Su et al. 2021). From
+    3.1 on, pairs of less than 4 turns in 8,192 positions are slowed down (llama-models, model.py).
     """
     E = params["head_dim"]
     evens = torch.arange(0, E, 2, device=positions.device).float()  # each pair's first number
@@ -399,8 +398,7 @@ def prefill(
         last = (ends - 1 - a).clamp(0, b - a - 1)
         run = watched if watched and b == T else forward
         chunk_logits = run(tokens[:, a:b], weights, params, views, positions, last)
-        ended = ends[:, None, None] <= a  # rows whose last token was in an earlier chunk
-        logits = torch.where(ended, logits, chunk_logits)
+        logits = torch.where(ends[:, None, None] > a, chunk_logits, logits)  # of rows not yet ended
         a = b
     return logits
 
@@ -441,10 +439,9 @@ def generate(
 ) -> Iterator[Tensor]:
     """Yields token ids (B), one after another for each row, until a row has filled the context.
 
-    logits (B 1 V): from prefill. positions (B): the first free one of each row. choose: makes ids
-    (B) from logits (B V). step: stands for forward.
+    logits (B 1 V): of prefill. positions (B): each row's first free one. step: stands for forward.
     """
-    if step is None and PARTS.is_dir():
+    if step is None and PARTS:
         from parts.eager import one_token_step as step
     step = step or forward
     last = torch.zeros_like(positions)
@@ -498,7 +495,7 @@ def load_model(
         dtype = getattr(torch, dtype, dtype)
     if dtype not in (None, *FLOATS):
         raise ValueError(f"dtype {dtype!r}: expected float32, bfloat16 or float16")
-    if PARTS.is_dir():
+    if PARTS:
         from parts import layouts
 
         return layouts.load_model(path, device, dtype, **options)
@@ -510,11 +507,12 @@ def load_model(
         raise ValueError(f"{sizes}: not a JSON object ({problem})") from None
     params = fill_params(given, sizes)
     factor = options.get("rope_scaling_factor") or params["rope_scaling_factor"]
-    params["rope_scaling_factor"] = factor
-    files = sorted(folder.glob("consolidated.*.pth")) or [folder / "consolidated.00.pth"]
-    shards = {file.name: open_pth(file) for file in files}
+    params["rope_scaling_factor"] = factor = factor * params["use_scaled_rope"]  # 0: not scaled
+    count = max(1, len(list(folder.glob("consolidated.*.pth"))))
+    names = [f"consolidated.{n:02}.pth" for n in range(count)]
+    shards = {name: open_pth(folder / name) for name in names}
     tokenizer = load_tokenizer(folder / "tokenizer.model")
-    shapes = weight_shapes(params)
+    shapes = {*weight_shapes(params), "rope.freqs"}  # that one is Llama 2's, and not needed
     for name, w in itertools.chain(*(shard.items() for shard in shards.values())):
         if name not in shapes or w.dtype not in FLOATS or w.is_sparse or w.is_meta:
             raise ValueError(f"{path}: {name} ({w.dtype}, {w.layout}) is not of such a model")
@@ -522,8 +520,7 @@ def load_model(
         raise ValueError(f"{path}: the tokenizer has {tokenizer.n_vocab} tokens, another model's")
     weights = load_weights(shards, params, device, dtype)
     if not options.get("quiet"):
-        words = f"shards: {len(files)}, RoPE scaling {params['use_scaled_rope'] * factor:g}"
-        print(f"{path}: Meta layout, {words}", file=sys.stderr)
+        print(f"{path}: Meta layout, {count} shards, RoPE scaling {factor:g}", file=sys.stderr)
     return weights, params, tokenizer
 
 
@@ -539,38 +536,40 @@ def text_of(steps: Iterable[Tensor], tokenizer: tiktoken.Encoding, new: list[int
 
 
 def stream(
-    prompt: str | list[int], model: Source = TINY, max_new_tokens: int = 100, **options: Any
+    prompt: str | list[int], weights: Source = TINY, max_new_tokens: int = 100, **options: Any
 ) -> Iterator[str]:
     """Yields the text that goes on from a prompt, piece by piece.
 
     prompt: a text or ids. options: seed, probe (of the prompt's last chunk), and those of sample.
     """
-    if not isinstance(model, tuple):
-        model = load_model(model, quiet=True)
-    weights, params, tokenizer = model
-    device = weights["norm.weight"].device
+    if not isinstance(weights, tuple):
+        weights = load_model(weights, quiet=True)
+    tensors, params, tokenizer = weights
+    device = tensors["norm.weight"].device
     if isinstance(prompt, str):
         prompt = [special(tokenizer, "begin_of_text"), *encode(tokenizer, prompt)]
     if not 0 < len(prompt) <= params["max_seq_len"]:
         raise ValueError(f"prompt of {len(prompt)} tokens, not 1 to {params['max_seq_len']}")
     watched = functools.partial(forward, probe=options.pop("probe", lambda name, dims, x: x))
-    options.setdefault("generator", torch.Generator(device).manual_seed(options.pop("seed", 0)))
-    choose = functools.partial(sample, **options)
-    cache = make_cache(weights, params, B=1)
-    logits = prefill(torch.tensor([prompt], device=device), weights, params, cache, watched=watched)
+    generator = torch.Generator(device).manual_seed(options.pop("seed", 0) or 0)
+    options.setdefault("generator", generator)
+    cache = make_cache(tensors, params, B=1)
+    logits = prefill(torch.tensor([prompt], device=device), tensors, params, cache, watched=watched)
+    if not logits.isfinite().all():
+        raise ValueError("the logits are not finite: the weights are damaged, or dtype too small")
     at = torch.tensor([len(prompt)], device=device)
-    steps = generate(logits, weights, params, cache, at, choose)
+    steps = generate(logits, tensors, params, cache, at, functools.partial(sample, **options))
     yield from text_of(itertools.islice(steps, max_new_tokens), tokenizer, [])
 
 
-def complete(prompt: str | list[int], model: Source = TINY, **options: Any) -> str:
-    """The text that goes on from a prompt; model and options as in stream."""
-    return "".join(stream(prompt, model, **options))
+def complete(prompt: str | list[int], *how: Any, **options: Any) -> str:
+    """The text that goes on from a prompt; how and options are those of stream."""
+    return "".join(stream(prompt, *how, **options))
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line: that of parts/, with all its flags, or a small one where there is none."""
-    if PARTS.is_dir():
+    if PARTS:
         from parts import commandline
 
         return commandline.main(argv)
@@ -585,11 +584,12 @@ def main(argv: list[str] | None = None) -> int:
         factor = args.pop("rope_scaling_factor", None)
         model = load_model(args.pop("weights", TINY), rope_scaling_factor=factor)
         shapes = show_shapes("first", model[1]["n_layers"])
-        for piece in stream(args.pop("prompt"), model, probe=shapes, **args):
+        for piece in itertools.chain(stream(args.pop("prompt"), model, probe=shapes, **args), "\n"):
             print(piece, end="", flush=True)
-        print()
+    except BrokenPipeError:  # whoever read the text has gone
+        os._exit(0)
     except (ValueError, OSError, MemoryError, RuntimeError) as problem:
-        print("error:", re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", str(problem)), file=sys.stderr)
+        print("error:", re.sub(r"[^\w\s!-~]|[^\S ]", "?", str(problem)), file=sys.stderr)
         return 2
     return 0
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import llama3_from_scratch as llama
-from parts import batch, conversation, printable
+from parts import batch, conversation, first_line, printable
 from parts.chat import prompt_ids
 from parts.eager import one_token_step
 from parts.inside import check_finite
@@ -340,7 +340,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, MemoryError, RuntimeError) as problem:
         if isinstance(problem, RuntimeError) and "memory" not in str(problem):
             raise  # a mistake of ours
-        line = str(problem).partition("\n")[0] or "out of memory"
+        line = str(problem) or "out of memory"
+        if not isinstance(problem, ValueError):
+            line = first_line(problem)  # PyTorch's go on for long
         print(f"error: {printable(line)}", file=sys.stderr)
         return 2
     finally:

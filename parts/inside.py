@@ -58,15 +58,20 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], about: dict[str, 
 # ------------------------------------------------------------------------------------ probes
 
 
+def returned(name: str, tensor: object, by: str = "a probe") -> Tensor:
+    """The tensor that a probe returned. ValueError, with the name of the step, if it forgot to."""
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name}: {by} returned {tensor!r}, not the tensor that is to flow on")
+    return tensor
+
+
 def record(trace: dict[str, Tensor]) -> llama.Probe:
     """A probe that puts a copy of every tensor into the dict `trace`, by name."""
 
     def probe(name: str, dims: str, tensor: Tensor) -> Tensor:
-        if not isinstance(tensor, Tensor):
-            raise ValueError(
-                f"{name}: a probe returned {tensor!r}, not the tensor that is to flow on"
-            )
-        trace[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        trace[name] = (
+            returned(name, tensor).detach().cpu().clone(memory_format=torch.contiguous_format)
+        )
         return tensor
 
     return probe
@@ -80,12 +85,8 @@ def compose(*probes: llama.Probe) -> llama.Probe:
 
     def probe(name: str, dims: str, tensor: Tensor) -> Tensor:
         for one in probes:
-            tensor = one(name, dims, tensor)
-            if not isinstance(tensor, Tensor):
-                who = getattr(one, "__name__", repr(one))
-                raise ValueError(
-                    f"{name}: the probe {who} returned {tensor!r}, not the tensor that is to flow on"
-                )
+            who = f"the probe {getattr(one, '__name__', repr(one))}"
+            tensor = returned(name, one(name, dims, tensor), who)
         return tensor
 
     return probe
@@ -97,7 +98,7 @@ def break_at(*patterns: str) -> llama.Probe:
     def probe(name: str, dims: str, tensor: Tensor) -> Tensor:
         if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
             breakpoint()
-        return tensor
+        return returned(name, tensor)
 
     return probe
 

@@ -702,6 +702,7 @@ def checked_pth(path: Path) -> Weights:
             return llama.open_pth(path)
     except ValueError as problem:
         said = str(problem).removeprefix(f"{path}: ")
+    said = re.sub(r"not a PyTorch checkpoint, or cut short \((.*)\)", r"\1", said, flags=re.S)
     if said.startswith("expected a dict"):
         raise ValueError(f"{path}: {said}")
     if "weights_only" in said or "Weights only" in said or "Unsupported" in said:

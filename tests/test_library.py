@@ -97,6 +97,8 @@ def test_complete_and_stream(script, capfd):
     assert len(pieces) >= 7 and said.startswith("".join(pieces))
     model = llama.load_model(ROOT / "weights" / "tiny", quiet=True)
     assert llama.complete("Once upon a time", model) + "\n" == said
+    assert llama.complete("Once upon a time", weights=model, max_new_tokens=100) + "\n" == said
+    assert llama.complete("Once upon a time", "weights/tiny", 7) == "".join(pieces)
     _, _, tokenizer = model
     ids = [llama.special(tokenizer, "begin_of_text"), *llama.encode(tokenizer, "Once upon a time")]
     assert llama.complete(ids, model) + "\n" == said
@@ -149,11 +151,13 @@ def test_a_probe_that_forgets_its_return_is_told_the_step(model):
             ):
                 llama.forward(tokens, weights, params, probe=probe)
 
-    def chained(name, dims, tensor):  # by hand, without compose
-        return inside.record({})(name, dims, forgetful(name, dims, tensor))
+    for other in ready_made:
 
-    with pytest.raises(ValueError, match="^layers.1.attention.scores: a probe returned None"):
-        llama.forward(tokens, weights, params, probe=chained)
+        def chained(name, dims, tensor, other=other):  # by hand, without compose
+            return other(name, dims, forgetful(name, dims, tensor))
+
+        with pytest.raises(ValueError, match="^layers.1.attention.scores: a probe returned None"):
+            llama.forward(tokens, weights, params, probe=chained)
     with pytest.raises(ValueError, match="^x: a probe returned None"):
         llama.check_dims({}, "x", "B T", None)
 
