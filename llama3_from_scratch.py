@@ -62,8 +62,8 @@ Dtype = torch.dtype | None  # a number format, or that of the file
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HERE = Path(__file__).resolve().parent
 TINY = HERE / "weights" / "tiny"
-beside = importlib.util.find_spec("parts")  # what this file takes in, if it is there
-PARTS = beside is not None and Path(str(beside.origin)).resolve().parent == HERE / "parts"
+near = importlib.util.find_spec("parts")  # what this file takes in, if it is there
+PARTS = near is not None and Path(str(near.origin)).resolve().parent == (HERE / "parts").resolve()
 
 # ---------------------------------------------------------------------------------- the checkpoint
 SHARD_AXIS = dict.fromkeys("tok_embeddings output wq wk wv w1 w3".split(), 0)

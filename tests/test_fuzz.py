@@ -19,7 +19,7 @@ from references import float64_loop
 from safetensors.torch import load_file
 
 import llama3_from_scratch as llama
-from parts import layouts
+from parts import inside, layouts
 from tools.random_checkpoint import random_checkpoint
 
 EXAMPLES = int(os.environ.get("FUZZ", 2000))
@@ -140,7 +140,7 @@ def attempt(folder, tokens):
         assert memory("VmHWM") - before <= 2 * size + 2**24
     if not torch.isfinite(logits).all():
         with pytest.raises(ValueError, match="not finite"):
-            llama.check_finite(logits, weights)
+            inside.check_finite(logits, weights)
         return "error"
     if max(w.abs().max() for w in weights.values()) > 1e6:
         return "huge"  # squares overflow in float32, as they would in Meta's code

@@ -72,8 +72,8 @@ def test_changes_are_found(short, tmp_path):
     document.write_bytes(built.replace(b"![x]", b"![a figure]"))
     check(0)  # the words for a picture are the writer's
     document.write_bytes(built)
-    script.write_text(SCRIPT.replace("taken as a complex number", "taken as complex"))
-    assert "taken as complex," in check(1)
+    script.write_text(SCRIPT.replace("as a complex number", "as one complex number"))
+    assert "as one complex number," in check(1)
     script.write_text("# a line more\n" + SCRIPT)
     assert "#L" in check(1)
     script.write_text(SCRIPT)
@@ -90,7 +90,7 @@ def test_the_script_changed_under_the_whole_document(tmp_path):
     (tmp_path / "walkthrough").mkdir()
     for name in ("walkthrough.md", "walkthrough/build.py", "walkthrough/pictures.py"):
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
-    for name in ("weights", "tools"):
+    for name in ("weights", "tools", "parts"):
         (tmp_path / name).symlink_to(ROOT / name)
     changed = SCRIPT.replace("keepdim=True) + eps", "keepdim=True) + 9")
     assert changed != SCRIPT
