@@ -1,6 +1,5 @@
 """Plain PyTorch on a CPU, made fast: one token's product, and memory that is used again."""
 
-import ctypes
 from typing import Any
 
 import torch
@@ -31,15 +30,9 @@ def one_token_step(*arguments: Any, **options: Any) -> Tensor:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep what is freed for the next tensor. Elsewhere than on Linux it does nothing.
+    """Lets glibc keep what is freed for the next tensor, in place of new memory from the system each time.
 
-    Without it each large tensor is new memory, which the system clears page by page: `forward` makes its
-    scores in three steps, and a prompt of 8,192 tokens took 1.1 to 1.2 of the time (tools/bench_results.md).
+    Once a block of this size has been freed, it does so for all up to it. Without, a prompt of 512 tokens
+    took 1.06 of the time (tools/bench_results.md). Elsewhere than on Linux it does nothing.
     """
-    mmap_threshold, trim_threshold = -3, -1  # glibc's malloc.h
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(mmap_threshold, 2**30)
-    mallopt(trim_threshold, 2**31 - 1)
+    torch.empty(2**24, dtype=torch.uint8)

@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> int:
         return 2
     wanting = programs()
     if not arguments:
-        arguments = ["-n", str(min(8, os.cpu_count() or 1))]
+        arguments = ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
     code = subprocess.run([python, "-m", "pytest", *arguments], cwd=ROOT).returncode
     for line in wanting:
         print(f"not there: {line}: its tests were skipped")
