@@ -137,9 +137,8 @@ def compiled_step() -> llama.Forward:
         if far:
             words += " beyond 4,096 positions"
         with progress(words), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", ".*complex operators"
-            )  # the rotation stays PyTorch's own
+            # the rotation stays PyTorch's own
+            warnings.filterwarnings("ignore", ".*complex operators")
             try:
                 return run(tokens, weights, params, cache, positions, last)
             except InductorError as problem:
