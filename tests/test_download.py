@@ -27,7 +27,7 @@ def files_of(folder, prefix="original/"):
 
 def rasbts_files(folder, params):
     """A random checkpoint in rasbt's names and order of rows, twice, and its tokenizer."""
-    from parts.layouts import META, NAMES, RASBT
+    from parts.naming import META, NAMES, RASBT
 
     random_checkpoint(folder, params | {"n_kv_heads": 8}, tied=True)
     weights, renamed = torch.load(folder / "consolidated.00.pth"), {}

@@ -19,7 +19,7 @@ from references import float64_loop
 from safetensors.torch import load_file
 
 import llama3_from_scratch as llama
-from parts import inside, layouts
+from parts import inside, layouts, naming
 from tools.random_checkpoint import random_checkpoint
 
 EXAMPLES = int(os.environ.get("FUZZ", 2000))
@@ -107,8 +107,8 @@ def independent_logits(folder, tokens):
     weights = {}
     for file in folder.glob("*.safetensors"):
         weights |= load_file(file)
-    convert = layouts.rows_in_pairs(params)
-    weights = layouts.metas_names(weights, layouts.HUGGING_FACE)
+    convert = naming.rows_in_pairs(params)
+    weights = naming.metas_names(weights, naming.HUGGING_FACE)
     return float64_loop(tokens, {name: convert(name, w) for name, w in weights.items()}, params)[
         "logits"
     ]
