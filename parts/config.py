@@ -183,7 +183,7 @@ def metas_params(config: dict[str, Any], path: Any) -> tuple[Params, bool]:
     window = config.get("sliding_window", WINDOW.get(kind))
     beyond = type(window) is int and type(given["max_seq_len"]) is int
     beyond = beyond and window >= given["max_seq_len"]  # then no token is ever outside it
-    if window not in (None, False) and not beyond:
+    if window is not None and window is not False and not beyond:
         how = "is" if "sliding_window" in config else "is missing, and in a Mistral that means"
         raise ValueError(f"{path}: sliding_window {how} {shown(window)}, which is not supported")
     tied = config.get("tie_word_embeddings")

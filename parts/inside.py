@@ -21,7 +21,9 @@ def check_finite(logits: Tensor, weights: llama.Weights) -> None:
         return
     for name, w in weights.items():
         if not w.isfinite().all():
-            cause = "the file is damaged, or --dtype float16 too small for it"
+            cause = "the file is damaged"
+            if w.dtype == torch.float16 and not w.isnan().any():
+                cause = "it may be too large for float16: --dtype float32 or bfloat16 holds more"
             raise ValueError(f"{name} holds a number that is not finite; {cause}")
     raise ValueError("the logits are not finite, though the weights are; --dtype float32 may help")
 

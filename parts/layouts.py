@@ -195,12 +195,16 @@ def check_tensors(shards: Shards) -> None:
             archives.check_extent(name, w, file)
             if w.dim() != 1 or shard is first or name not in first:
                 continue
-            if not (torch.isfinite(w).all() and torch.isfinite(first[name]).all()):
-                continue  # not equal to itself; inside.check_finite names it
-            if not torch.equal(w, first[name]):
-                raise ValueError(
-                    f"{file}: {name} is not that of the first shard; they are of different models"
-                )
+            if torch.equal(w, first[name]):
+                continue
+            for place, norm in ((file, w), (next(iter(shards)), first[name])):
+                if not norm.isfinite().all():  # then not even equal to itself
+                    raise ValueError(
+                        f"{place}: {name} holds a number that is not finite; the file is damaged"
+                    )
+            raise ValueError(
+                f"{file}: {name} is not that of the first shard; they are of different models"
+            )
 
 
 def same_numbers(a: Tensor, b: Tensor | None) -> bool:
@@ -914,8 +918,9 @@ def open_checkpoint(
             "is, as of Llama 3.1 or 3.3, and 1 that it is not, as of Llama 3; or put a params.json beside it"
         )
     check_tensors(shards)
+    tied = is_tied(shards)
     check_shapes(shards, params)
-    if is_tied(shards):
+    if tied:
         for shard in shards.values():
             shard.pop("output.weight", None)
     if tokenizer.n_vocab != params["vocab_size"]:
