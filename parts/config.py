@@ -29,24 +29,26 @@ READ = {  # here
     *NAMES.values(), *"model_type tie_word_embeddings rope_theta rope_scaling rope_parameters "
     "partial_rotary_factor original_max_position_embeddings sliding_window".split(),
 }  # fmt: skip
-HARMLESS = (
-    set(  # where a file comes from; training; how it is run; what is generated; other heads' labels
-        """architectures auto_map _name_or_path name_or_path _commit_hash transformers_version torch_dtype dtype
-    transformers.js_config is_llama_config unsloth_version unsloth_fixed model_name
-    initializer_range attention_dropout hidden_dropout resid_dropout embd_dropout resid_pdrop embd_pdrop
-    attn_pdrop dropout classifier_dropout gradient_checkpointing pretraining_tp
-    use_cache use_return_dict return_dict return_dict_in_generate output_attentions output_hidden_states
-    output_scores output_past torchscript use_bfloat16 bf16 fp16 attn_implementation _attn_implementation
-    _attn_implementation_internal _attn_implementation_autoset _flash_attn_2_enabled use_flash_attn
-    chunk_size_feed_forward max_sequence_length model_max_length seq_length tf_legacy_loss
-    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id
-    decoder_start_token_id tokenizer_class prefix forced_bos_token_id forced_eos_token_id
-    task_specific_params max_length min_length do_sample early_stopping num_beams num_beam_groups
-    diversity_penalty temperature top_k top_p min_p typical_p repetition_penalty length_penalty
+# Where a file comes from; training; how it is run; what is generated; labels of other heads.
+HARMLESS = set(
+    """
+    architectures auto_map _name_or_path name_or_path _commit_hash transformers_version
+    torch_dtype dtype transformers.js_config is_llama_config unsloth_version unsloth_fixed
+    model_name initializer_range attention_dropout hidden_dropout resid_dropout embd_dropout
+    resid_pdrop embd_pdrop attn_pdrop dropout classifier_dropout gradient_checkpointing
+    pretraining_tp use_cache use_return_dict return_dict return_dict_in_generate
+    output_attentions output_hidden_states output_scores output_past torchscript use_bfloat16
+    bf16 fp16 attn_implementation _attn_implementation _attn_implementation_internal
+    _attn_implementation_autoset _flash_attn_2_enabled use_flash_attn chunk_size_feed_forward
+    max_sequence_length model_max_length seq_length tf_legacy_loss bos_token_id eos_token_id
+    pad_token_id unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id
+    tokenizer_class prefix forced_bos_token_id forced_eos_token_id task_specific_params
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p min_p typical_p repetition_penalty length_penalty
     no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
-    finetuning_task problem_type id2label label2id num_labels is_decoder""".split()
-    )
+    finetuning_task problem_type id2label label2id num_labels is_decoder
+    """.split()
 )
 OFF = {  # key: values that change nothing, beside null; other keys: false, 0, "" or nothing in it
     "hidden_act": ("silu", "swish"),

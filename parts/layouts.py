@@ -427,6 +427,7 @@ def open_hugging_face(folder: Path) -> Opened:
     for key, file in (where or {}).items():
         if key not in tensors:
             raise ValueError(f"{folder / file}: {key} is missing, but {index} says that it is here")
+    dialect_of(tensors, folder)  # if they are nobody's, that is the true cause
     tensors = metas_names(tensors, HUGGING_FACE, folder)
     head = settle_head(tensors, tied, folder)
     kind = Path(files[0]).suffix.removeprefix(".")
@@ -522,10 +523,7 @@ def open_file(path: Path) -> Opened:
     torchtune's meta_model_0.pt stands beside original/, or a folder below it; its params are there.
     """
     tensors = open_tensors(path)
-    dialect = dialect_of(tensors)
-    if dialect is None:
-        held = ", ".join(sorted(tensors)[:3]) or "nothing"
-        raise ValueError(f"{path}: no tensor has a name of a Llama's; it holds {held}")
+    dialect = dialect_of(tensors, path)
     tensors = metas_names(tensors, dialect, path)
     owner, wanted = BESIDE[dialect]
     above = path.parent.parent

@@ -50,21 +50,30 @@ def split_name(name: str) -> tuple[str, str]:
     return pattern.replace(layer[0], ".{}.", 1), layer[1]
 
 
-def dialect_of(tensors: Weights) -> int | None:
-    """Whose names these are: META, HUGGING_FACE or RASBT; None if they are nobody's."""
+def dialect_of(tensors: Weights, source: object) -> int:
+    """Whose names these are: META, HUGGING_FACE or RASBT. ValueError if they are nobody's."""
     patterns = {split_name(name)[0] for name in tensors}
     known = [len(patterns & table.keys()) for table in TABLES]
-    return known.index(max(known)) if max(known) else None
+    if max(known):
+        return known.index(max(known))
+    refuse_lora(tensors, source)
+    held = ", ".join(sorted(tensors)[:3]) or "nothing"
+    raise ValueError(f"{source}: no tensor has a name of a Llama's; it holds {held}")
 
 
-def metas_names(tensors: Weights, dialect: int, source: object = "") -> Weights:
+def refuse_lora(tensors: Weights, source: object) -> None:
+    """ValueError if there are tensors of a LoRA adapter."""
+    for name in tensors:
+        if "lora_" in name:
+            raise ValueError(f"{source}: {name} belongs to {MERGE_IT}")
+
+
+def metas_names(tensors: Weights, dialect: int, source: object = "the tensors") -> Weights:
     """The same tensors under Meta's names. A name not in the table stays, for the script to refuse."""
-    named = f"{source}: " if source else ""
+    refuse_lora(tensors, source)
     renamed: Weights = {}
     came_from: dict[str, str] = {}
     for name, tensor in tensors.items():
-        if "lora_" in name:
-            raise ValueError(f"{named}{name} belongs to {MERGE_IT}")
         if name.endswith("rotary_emb.inv_freq"):  # of old files; the script computes it
             continue
         pattern, layer = split_name(name)
@@ -72,12 +81,12 @@ def metas_names(tensors: Weights, dialect: int, source: object = "") -> Weights:
         for owner, table in zip(OWNERS, TABLES):
             if known is None and pattern in table:
                 raise ValueError(
-                    f"{named}{name} is one of {owner} names, expected {OWNERS[dialect]}; Meta's stand in "
+                    f"{source}: {name} is one of {owner} names, expected {OWNERS[dialect]}; Meta's stand in "
                     "consolidated.00.pth or beside params.json, Hugging Face's beside config.json"
                 )
         new = f"{known.format(layer)}.weight" if known else name
         if new in renamed:
-            raise ValueError(f"{named}{name} and {came_from[new]} are both {new}; expected one")
+            raise ValueError(f"{source}: {name} and {came_from[new]} are both {new}; expected one")
         renamed[new] = tensor
         came_from[new] = name
     return renamed
