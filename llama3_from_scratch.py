@@ -508,7 +508,7 @@ def load_model(
     params = fill_params(given, sizes)
     factor = options.get("rope_scaling_factor") or params["rope_scaling_factor"]
     params["rope_scaling_factor"] = factor = factor * params["use_scaled_rope"]  # 0: not scaled
-    count = max(1, len(list(folder.glob("consolidated.*.pth"))))
+    count = max(1, len(list(folder.glob("consolidated.??.pth"))))
     names = [f"consolidated.{n:02}.pth" for n in range(count)]
     shards = {name: open_pth(folder / name) for name in names}
     tokenizer = load_tokenizer(folder / "tokenizer.model")

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from parts import first_line
+
 PICKLE = 2**26  # bytes; the largest data.pkl met, of 405B's shards, is under a megabyte
 UNPACKED = 4  # times the file: 16-bit weights shrink to three quarters, and zeros are no weights
 
@@ -17,8 +19,16 @@ def bytes_to_unpack(path: Path) -> int:
     try:
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+    except OSError:
         return 0
+    except Exception as problem:  # zipfile has several kinds for a directory that makes no sense
+        with open(path, "rb") as file:
+            if file.read(4) != b"PK\3\4":  # no archive at all
+                return 0
+        raise ValueError(
+            f"{path}: expected a PyTorch checkpoint, found one that is damaged or cut short "
+            f"({first_line(problem)})"
+        ) from None
     size = path.stat().st_size
     unpacked = sum(record.file_size for record in records)
     pickled = max((it.file_size for it in records if it.filename.endswith(".pkl")), default=0)

@@ -209,7 +209,7 @@ def check_tensors(shards: Shards) -> None:
 
 def same_numbers(a: Tensor, b: Tensor | None) -> bool:
     """Do two matrices hold the same numbers, in the same memory or not? Heads that differ do at once."""
-    if b is None or a.dim() != 2 or a.shape != b.shape or a.dtype != b.dtype:
+    if b is None or a.is_meta or a.dim() != 2 or a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(a[:1], b[:1]) and torch.equal(a, b)
 
@@ -382,11 +382,11 @@ def files_of(folder: Path) -> tuple[list[str], dict[str, str] | None, str]:
                     f"{folder / name}: no such file, but {index.name} names it; is the download complete?"
                 )
         return files, where, index.name
-    kinds = (".bin", ".safetensors", ".h5", ".msgpack")
-    others = sorted(file.name for file in folder.glob("*model*.*") if file.suffix in kinds)
-    only = f", only {others[0]}" if others else ""
+    kinds = (".bin", ".pt", ".safetensors")
+    others = sorted(file.name for file in folder.glob("*.*") if file.suffix in kinds)
+    only = f", only {others[0]}; if that is the model, give the file itself" if others else ""
     if others and re.search(r"-\d+-of-\d+\.", others[0]):
-        only += "; is the download complete?"
+        only = f", only {others[0]}; is the download complete?"
     raise ValueError(
         f"{folder}: neither model.safetensors nor model.safetensors.index.json is there, nor "
         f"pytorch_model.bin{only}"
@@ -830,6 +830,9 @@ def find_layouts(path: Path) -> dict[str, Callable[[], Opened]]:
         tuned, key=lambda file: -int(file.stem[11:])
     ):  # an epoch each; the last first
         layouts[file.name] = functools.partial(open_file, file)
+    singles = [*path.glob("*.safetensors"), *path.glob("*.pt")]
+    if not layouts and len(singles) == 1:
+        layouts[singles[0].name] = functools.partial(open_file, singles[0])
     if not layouts and (path / "params.json").exists():
         layouts["Meta's layout"] = functools.partial(open_meta, path)
     return layouts

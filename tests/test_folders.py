@@ -356,6 +356,21 @@ def test_torchtunes_files(checkpoint, tmp_path):
     assert torch.equal(logits_of(tmp_path / "tuned" / "epoch_0"), expected)
 
 
+def test_the_only_file_of_a_folder(saved, folder, checkpoint):
+    metas = checkpoint(dtype=torch.float32)
+    expected = logits_of(metas)
+    save_file(
+        {name: w.clone() for name, w in torch.load(metas / "consolidated.00.pth").items()},
+        metas / "consolidated.safetensors",
+    )
+    (metas / "consolidated.00.pth").unlink()
+    assert torch.equal(logits_of(metas), expected)
+    (folder / "model.safetensors").rename(folder / "merged.safetensors")
+    assert "only merged.safetensors; if that is the model, give the file itself" in error_of(folder)
+    (folder / "merged.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    assert "is the download complete?" in error_of(folder)
+
+
 # ------------------------------------------------------------------------------------ LLMs-from-scratch
 
 
