@@ -304,6 +304,7 @@ RELEASES = {  # (dim, layers, RoPE scaling): name; 3.1 and 3.3 70B have the same
     (8192, 80, True): "Llama 3.1 or 3.3 70B", (16384, 126, True): "Llama 3.1 405B",
     (2048, 16, True): "Llama 3.2 1B", (3072, 28, True): "Llama 3.2 3B",
 }  # fmt: skip
+LLAMA_3_TOKENS = range(128256, 129000)  # fine-tunes have a few more, or rows to spare
 LLAMA_2 = {(4096, 32): "Llama 2 7B", (5120, 40): "Llama 2 13B", (8192, 80): "Llama 2 70B"}
 
 
@@ -312,7 +313,7 @@ def release(params: Params) -> str | None:
     sizes = params["dim"], params["n_layers"]
     if params["vocab_size"] == 32000 and params["rope_theta"] == 10000:
         return LLAMA_2.get(sizes)
-    if 128256 <= params["vocab_size"] < 129000 and params["rope_theta"] == 500000:
+    if params["vocab_size"] in LLAMA_3_TOKENS and params["rope_theta"] == 500000:
         return RELEASES.get((*sizes, params["use_scaled_rope"]))
     return None
 
@@ -492,7 +493,7 @@ def sizes_from_tensors(tensors: Weights, path: Path) -> Params:
             f"{path}: not a Llama of LLMs-from-scratch: a tensor is missing or misshapen"
         ) from None
     known = RASBTS.get((D, max(layers) + 1, F, HE, KE))
-    if known is None or not 128256 <= V < 129000:
+    if known is None or V not in LLAMA_3_TOKENS:
         raise ValueError(
             f"{path}: a Llama of {max(layers) + 1} layers, dim {D} and {V} tokens is none of Llama 3's "
             "releases, and tensors do not tell the number of heads nor theta and scaling of RoPE; put a "
