@@ -609,6 +609,27 @@ def test_settings_that_say_the_same_twice_are_no_contradiction(saved, folder):
     assert relative_error(logits_of(folder), saved[3]) < 2e-6
 
 
+def test_what_transformers_fills_in(saved, folder):
+    """The context of before scaling, where the settings do not say it: that of the model."""
+    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    change_config(folder, rope_parameters=rope, max_position_embeddings=64)
+    with torch.no_grad():
+        expected = theirs_of(folder)(TOKENS).logits
+    assert relative_error(logits_of(folder), expected) < 2e-6
+    assert relative_error(saved[3], expected) > 1e-3
+
+
+@pytest.mark.parametrize(
+    "window, runs", [(131072, True), (131071, False), (None, True), (..., False)]
+)
+def test_a_mistral_whose_window_is_its_context(saved, folder, window, runs):
+    change_config(folder, model_type="mistral", sliding_window=window)
+    if runs:
+        assert relative_error(logits_of(folder), saved[3]) < 2e-6
+    else:
+        assert "sliding_window is" in error_of(folder)
+
+
 def test_params_json_by_the_same_rule(checkpoint):
     """What transformers or Meta's own code writes of things that are off is accepted; what is on is named."""
     off = {"vision_chunk_size": -1, "vision_max_num_chunks": 4, "quantization_args": None}

@@ -5,10 +5,12 @@ FUZZ=20000 pytest -s tests/test_fuzz.py        a longer run, new ones each time
 """
 
 import collections
+import io
 import json
 import os
 import shutil
 import warnings
+import zipfile
 
 import pytest
 import torch
@@ -33,6 +35,25 @@ TINY = SMALL | {
 }
 WIDE = TINY | {"dim": 512, "multiple_of": 8192}
 
+KEYS = """rope_theta rope_scaling rope_parameters sliding_window tie_word_embeddings norm_eps head_dim
+    rms_norm_eps num_key_value_heads n_kv_heads hidden_act model_type use_scaled_rope weight_map""".split()
+VALUES = [
+    None,
+    False,
+    True,
+    0,
+    1,
+    -1,
+    0.5,
+    8,
+    1e6,
+    "x",
+    [],
+    {},
+    [1],
+    {"factor": 2.0, "type": "linear"},
+]
+
 place = st.floats(0, 1, exclude_max=True)  # where in a file, as a fraction of its size
 mutations = st.one_of(
     st.tuples(
@@ -51,6 +72,8 @@ mutations = st.one_of(
     st.tuples(st.just("repeat"), place, st.integers(1, 64)),
     st.tuples(st.just("zero"), place, st.integers(1, 4096)),
     st.tuples(st.just("swap"), st.integers(0, 9)),
+    st.tuples(st.just("zip"), st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])),
+    st.tuples(st.just("key"), st.sampled_from(KEYS), st.sampled_from(VALUES)),
 )
 
 
@@ -67,6 +90,18 @@ def mutate(data, mutation, others):
         del data[at(how[0]) : at(how[0]) + how[1]]
     elif kind == "repeat":
         data[at(how[0]) : at(how[0])] = data[at(how[0]) : at(how[0]) + how[1]]
+    elif kind == "zip":  # the records of a .pth once more, as another program would put them
+        if not zipfile.is_zipfile(io.BytesIO(data)):
+            return bytes(data)
+        again = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(again, "w", how[0]) as new:
+            for record in old.namelist():
+                new.writestr(record, old.read(record))
+        return again.getvalue()
+    elif kind == "key":  # of a JSON file, as the last of two: that one counts
+        if not data.rstrip().endswith(b"}"):
+            return bytes(data)
+        return data.rstrip()[:-1] + f", {json.dumps(how[0])}: {json.dumps(how[1])}}}".encode()
     elif kind == "zero":
         end = min(len(data), at(how[0]) + how[1])
         data[at(how[0]) : end] = bytes(end - at(how[0]))
@@ -97,7 +132,7 @@ def independent_logits(folder, tokens):
     if (folder / "params.json").exists():
         given = json.loads((folder / "params.json").read_text())
         files = [folder / f"consolidated.{n:02}.pth" for n in range(2)]
-        shards = [torch.load(file, weights_only=True, mmap=True) for file in files]
+        shards = [torch.load(file, weights_only=True) for file in files]
         weights = {}
         for name, first in shards[0].items():
             dim = 1 if name.endswith(("wo.weight", "w2.weight")) else 0
