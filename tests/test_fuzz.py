@@ -132,7 +132,11 @@ def independent_logits(folder, tokens):
     if (folder / "params.json").exists():
         given = json.loads((folder / "params.json").read_text())
         files = [folder / f"consolidated.{n:02}.pth" for n in range(2)]
-        shards = [torch.load(file, weights_only=True) for file in files]
+        # unpacked where compressed; mapped where not, for torch then does not look at checksums
+        plain = [
+            not any(it.compress_type for it in zipfile.ZipFile(file).infolist()) for file in files
+        ]
+        shards = [torch.load(file, weights_only=True, mmap=m) for file, m in zip(files, plain)]
         weights = {}
         for name, first in shards[0].items():
             dim = 1 if name.endswith(("wo.weight", "w2.weight")) else 0
