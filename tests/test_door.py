@@ -802,8 +802,8 @@ HF_DAMAGE = {
     "lost": (lose_a_tensor, "is missing, but model.safetensors.index.json says"),
     "no tokenizer": (lambda d: (d / "tokenizer.model").unlink(), "neither tokenizer.model nor tokenizer"),
     "tokenizer.json": (lambda d: (d / "tokenizer.model").replace(d / "tokenizer.json"), "a JSON object"),
-    "odd ranks": (odd_ranks, "not the byte-level BPE tokenizer"),
-    "tokenizer.json of what": (other_tokenizer_json, "not the byte-level BPE tokenizer"),
+    "odd ranks": (odd_ranks, "the token 'a' has the id '0.0'"),
+    "tokenizer.json of what": (other_tokenizer_json, "no vocabulary of a BPE"),
 }  # fmt: skip
 
 
