@@ -114,13 +114,14 @@ def marked_specials(text: str, specials: Sequence[str], mark: str) -> str:
                 raise ValueError(f"the prompt holds {token!r}, which is a special token here")
             continue
         text = text.replace(token, token[0] + mark + token[1:])
-    for token in specials:
-        for n in range(1, len(token)):
-            if text.endswith(token[:n]):
-                text = text[: len(text) - n] + mark + text[len(text) - n :]
-            if text.startswith(token[n:]):
-                text = text[: len(token) - n] + mark + text[len(token) - n :]
-    return text
+    body = text.strip()  # a template may take the spaces off
+    before, after = text[: text.index(body)], text[text.index(body) + len(body) :]
+    cuts = [(token[:n], token[n:]) for token in specials for n in range(1, len(token))]
+    if any(body.endswith(start) for start, _ in cuts):
+        body += mark
+    if any(body.startswith(rest) for _, rest in cuts):
+        body = mark + body
+    return before + body + after
 
 
 def rendered(template: str, messages: Messages, named: Mapping[str, str], source: object) -> str:
