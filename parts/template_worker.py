@@ -66,6 +66,7 @@ def rendered(template: str, messages: list[dict[str, str]], named: dict[str, str
 
 
 def main() -> None:
+    """Answers line after line until there are no more."""
     sys.path[:] = json.loads(sys.stdin.readline())  # where the other process finds its packages
     with contextlib.suppress(ImportError, ValueError, OSError):  # Windows, macOS
         import resource
