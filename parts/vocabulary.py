@@ -642,16 +642,16 @@ def the_template(told: Any, source: object) -> str | None:
 
 def check_rows(tokenizer: Any, rows: int, path: object) -> None:
     """ValueError if a token has no row. Rows to spare are fine, if a folder says what its tokens are."""
+    if tokenizer.n_vocab != rows and not hasattr(tokenizer, "source"):  # Meta's layout: as released
+        raise ValueError(
+            f"{path}: the tokenizer has {tokenizer.n_vocab} tokens, but vocab_size is {rows}; they are of "
+            "different models"
+        )
     if tokenizer.n_vocab > rows:
         last = piece(tokenizer, tokenizer.n_vocab - 1).decode("utf-8", "replace")
         raise ValueError(
             f"{path}: the tokenizer has {tokenizer.n_vocab} tokens, up to {last[:40]!r}, but the model has "
             f"rows for {rows} only; resize the model to its tokenizer, or take another tokenizer"
-        )
-    if tokenizer.n_vocab < rows and not hasattr(tokenizer, "source"):
-        raise ValueError(
-            f"{path}: the tokenizer has {tokenizer.n_vocab} tokens, but vocab_size is {rows}; they are of "
-            "different models"
         )
 
 
