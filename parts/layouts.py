@@ -15,7 +15,6 @@ import os
 import re
 import sys
 import time
-import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -418,6 +417,8 @@ def settle_head(tensors: Weights, tied: bool, folder: Path) -> str:
 
 def open_hugging_face(folder: Path) -> Opened:
     """A folder in Hugging Face's layout."""
+    from parts import vocabulary
+
     params, tied = hugging_face_params(folder / "config.json")
     files, where, index = files_of(folder)
     tensors: Weights = {}
@@ -436,35 +437,10 @@ def open_hugging_face(folder: Path) -> Opened:
     return (
         params,
         {f"the {kind} files": tensors},
-        hugging_face_tokenizer(folder),
+        vocabulary.open_folder(folder),
         rows_in_pairs(params),
         words,
     )
-
-
-def hugging_face_tokenizer(folder: Path) -> Any:
-    """From tokenizer.model, original/tokenizer.model, or tokenizer.json alone, as many mirrors have it."""
-    for path in (folder / "tokenizer.model", folder / "original" / "tokenizer.model"):
-        if path.is_file():
-            return open_tokenizer(path)
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"{folder}: neither tokenizer.model nor tokenizer.json is there")
-    # Byte-level BPE writes each byte as a printable letter: itself, or else the letters from 256 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = {chr(b): b for b in printable}
-    letters |= {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)}
-    try:
-        model = read_json(path)["model"]
-        ranks = {
-            bytes(letters[letter] for letter in token): rank
-            for token, rank in model["vocab"].items()
-        }
-        if not all(type(rank) is int for rank in ranks.values()):
-            raise TypeError
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path}: not the byte-level BPE tokenizer of a Llama 3") from None
-    return llama.make_tokenizer(ranks, path)
 
 
 # ------------------------------------------------------------------------------------ one file, of any name
@@ -560,57 +536,12 @@ BESIDE = {  # whose names: words for the report, and what says the sizes
 
 def tokenizer_of(path: Path, places: list[Path]) -> Any:
     """The tokenizer that stands with a file, in the first of these folders that has one."""
+    from parts import vocabulary
+
     for folder in places:
-        if (folder / "tokenizer.model").exists():
-            return open_tokenizer(folder / "tokenizer.model")
-        if (folder / "tokenizer.json").exists():
-            return hugging_face_tokenizer(folder)
+        if (folder / "tokenizer.json").exists() or (folder / "tokenizer.model").exists():
+            return vocabulary.open_folder(folder)
     raise ValueError(f"{path}: neither tokenizer.model nor tokenizer.json is beside it")
-
-
-# ------------------------------------------------------------------------------------ Llama 2's tokenizer
-
-
-def sentencepiece_tokenizer(path: Path) -> Any:
-    """Llama 2's tokenizer.model, behind those of tiktoken's methods that the script uses."""
-    try:
-        from sentencepiece import SentencePieceProcessor
-    except ImportError:
-        raise ValueError(
-            f"{path}: a SentencePiece tokenizer, of Llama 2; pip install sentencepiece"
-        ) from None
-    try:
-        model = SentencePieceProcessor(model_file=str(path))
-    except Exception as problem:
-        raise explain(path, "a SentencePiece tokenizer", problem) from None
-    special = {
-        "<|begin_of_text|>": model.bos_id(),
-        "<|end_of_text|>": model.eos_id(),
-        "<|eot_id|>": model.eos_id(),
-        "<|eom_id|>": model.eos_id(),
-    }
-
-    def encode_single_token(name: str) -> int:
-        if name not in special:
-            raise ValueError(f"{path}: Llama 2 has no token {name}; its chat format is another")
-        return special[name]
-
-    def token_bytes(token: int) -> bytes:
-        if model.is_byte(token):
-            return bytes([int(model.id_to_piece(token)[3:-1], 16)])
-        return (
-            b""
-            if model.is_control(token)
-            else model.id_to_piece(token).replace("\u2581", " ").encode()
-        )
-
-    return types.SimpleNamespace(
-        n_vocab=model.vocab_size(),
-        encode_ordinary=model.encode,
-        encode_single_token=encode_single_token,
-        decode_single_token_bytes=token_bytes,
-        decode=lambda tokens: b"".join(map(token_bytes, tokens)).decode("utf-8", "replace"),
-    )
 
 
 # ------------------------------------------------------------------------------------ remote folders
@@ -618,6 +549,7 @@ def sentencepiece_tokenizer(path: Path) -> Any:
 
 CHECKPOINT_FILE = re.compile(
     r"(.*/)?(consolidated\.\d+\.pth|params\.json|tokenizer\.model|tokenizer\.json|config\.json"
+    r"|(tokenizer_config|special_tokens_map|generation_config)\.json|chat_template\.jinja"
     r"|model.*\.safetensors(\.index\.json)?|llama3.*\.pth)"
 )
 
@@ -707,24 +639,6 @@ def cached_copy(url: str, cache_dir: str | None = None) -> Path:
 # ------------------------------------------------------------------------------------ which layout is it?
 
 
-def open_tokenizer(path: Path) -> Any:
-    """tokenizer.model of Llama 3 (lines of base64 and rank) or of Llama 2 (SentencePiece)."""
-    try:
-        if not path.is_file():
-            raise OSError
-        content = path.read_bytes()
-    except OSError as problem:
-        raise explain(path, "the tokenizer that comes with the weights", problem) from None
-    if b"<unk>" in content[:64]:
-        return sentencepiece_tokenizer(path)
-    try:
-        return llama.load_tokenizer(path)
-    except ValueError as problem:
-        raise explain(
-            path, "lines of base64 and rank", str(problem).removeprefix(f"{path}: ")
-        ) from None
-
-
 def checked_pth(path: Path) -> Weights:
     """The tensors of a .pth file by name, mapped from disk if they can be, and words on what is wrong."""
     check_file(path, "a PyTorch checkpoint")
@@ -792,9 +706,12 @@ def missing_head(shards: Shards, params: Params, source: Path) -> str:
 
 def open_meta(folder: Path) -> Opened:
     """A folder in Meta's layout."""
+    from parts import vocabulary
+
+    model_file = vocabulary.find_model_file(folder)
     count = len([file for file in folder.glob("consolidated.*.pth") if SHARD.fullmatch(file.name)])
     files = [folder / f"consolidated.{n:02}.pth" for n in range(count or 1)]
-    for path in (folder / "params.json", folder / "tokenizer.model", *files):
+    for path in (folder / "params.json", model_file, *files):
         if path.exists():
             continue
         others = sorted(file.name for file in folder.glob(f"{path.stem}*{path.suffix}"))
@@ -802,7 +719,7 @@ def open_meta(folder: Path) -> Opened:
             f"{others[0]!r} is there, under another name" if others else "is the download complete?"
         )
         raise ValueError(f"{path}: no such file; {hint}")
-    tokenizer = open_tokenizer(folder / "tokenizer.model")
+    tokenizer = vocabulary.open_tokenizer(model_file)
     params = metas_params(folder / "params.json", tokenizer)
     shards = {path.name: metas_names(checked_pth(path), META, path) for path in files}
     embedding_by_rows(shards, params["vocab_size"])
@@ -884,6 +801,8 @@ def open_checkpoint(
     Returns params, shards (by file name: tensors by Meta's name), tokenizer, what is to be done to each whole
     tensor (or None), and words for the report.
     """
+    from parts import vocabulary
+
     local = local_copy(path, cache_dir)
     if not local.is_dir() and not local.is_file():
         found = "neither a file nor a folder" if local.exists() else "no such file or folder"
@@ -925,11 +844,10 @@ def open_checkpoint(
     if tied:
         for shard in shards.values():
             shard.pop("output.weight", None)
-    if tokenizer.n_vocab != params["vocab_size"]:
-        raise ValueError(
-            f"{path}: the tokenizer has {tokenizer.n_vocab} tokens, but vocab_size is "
-            f"{params['vocab_size']}; they are of different models"
-        )
+    vocabulary.check_rows(tokenizer, params["vocab_size"], path)
+    if tokenizer.n_vocab < params["vocab_size"]:
+        words += f", {params['vocab_size'] - tokenizer.n_vocab} rows that are no token's"
+        params |= {"n_tokens": tokenizer.n_vocab}
     return params, shards, tokenizer, convert, f"{words}, {understood(params, shards)}"
 
 
