@@ -209,7 +209,9 @@ def check_tensors(shards: Shards) -> None:
             if (
                 w.dtype not in (torch.float32, torch.bfloat16, torch.float16)
                 or w.layout != torch.strided
-                or w.is_meta
+                or (
+                    w.is_meta and not file.endswith(".gguf")
+                )  # those are read when their turn comes
             ):
                 raise ValueError(
                     f"{file}: {name} is {w.dtype}, {w.layout}, on {w.device}; expected plain float32, "
@@ -230,7 +232,9 @@ def is_tied(shard: Weights) -> bool:
     """Is the head the embedding? Meta's 3.2 files hold it as the same memory, others not at all."""
     head = shard.get("output.weight")
     embedding = shard.get("tok_embeddings.weight")
-    return head is None or (embedding is not None and head.data_ptr() == embedding.data_ptr())
+    if head is None or embedding is None or head.is_meta:
+        return head is None
+    return head.data_ptr() == embedding.data_ptr()
 
 
 def check_shapes(shards: Shards, params: Params) -> None:
@@ -755,14 +759,36 @@ def find_layouts(path: Path) -> dict[str, Callable[[], Opened]]:
     ):
         if any(folder.glob("consolidated.*.pth")):
             layouts[name] = functools.partial(open_meta, folder)
-    if (path / "config.json").exists() or any(path.glob("model*.safetensors*")):
+    ggufs = gguf_layouts(path)  # their folders on the hub have a config.json too
+    config = (path / "config.json").exists() and not (
+        ggufs and not any(path.glob("*.safetensors*"))
+    )
+    if config or any(path.glob("model*.safetensors*")):
         layouts["Hugging Face's layout"] = functools.partial(open_hugging_face, path)
     for file in sorted(path.glob("*.pth")):
         if not file.name.startswith("consolidated."):
             layouts[file.name] = functools.partial(open_rasbt, file)
+    layouts |= ggufs
     if not layouts and (path / "params.json").exists():
         layouts["Meta's layout"] = functools.partial(open_meta, path)
     return layouts
+
+
+def gguf_layouts(folder: Path) -> dict[str, Callable[[], Opened]]:
+    """The GGUF files of a folder, as in find_layouts; of one that is split, the first."""
+
+    def is_first(file: Path) -> bool:
+        return not re.search(r"-\d{5}-of-\d{5}\.gguf$", file.name) or "-00001-of-" in file.name
+
+    files = [file for file in sorted(folder.glob("*.gguf")) if is_first(file)]
+    return {file.name: functools.partial(open_gguf, file) for file in files}
+
+
+def open_gguf(file: Path) -> Opened:
+    """A GGUF file, or one of several parts."""
+    from parts import gguf_file
+
+    return gguf_file.open_gguf(file)
 
 
 def layouts_of_file(file: Path) -> dict[str, Callable[[], Opened]]:
@@ -771,10 +797,12 @@ def layouts_of_file(file: Path) -> dict[str, Callable[[], Opened]]:
         return {"Meta's layout": lambda: open_meta(file.parent)}
     if file.suffix == ".pth":
         return {file.name: lambda: open_rasbt(file)}
+    if file.suffix == ".gguf":
+        return {file.name: lambda: open_gguf(file)}
     if re.fullmatch(r"config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", file.name):
         return {"Hugging Face's layout": lambda: open_hugging_face(file.parent)}
     raise ValueError(
-        f"{file}: not a file of a checkpoint that can be read; .pth and .safetensors can"
+        f"{file}: not a file of a checkpoint that can be read; .pth, .safetensors and .gguf can"
     )
 
 
@@ -811,7 +839,7 @@ def open_checkpoint(
             listed += " …"
         raise ValueError(
             f"{path}: no checkpoint there: no params.json with consolidated.00.pth, no config.json with "
-            f"model.safetensors, no llama3.2-….pth; it holds {listed}"
+            f"model.safetensors, no llama3.2-….pth, no .gguf; it holds {listed}"
         )
     taken, *others = layouts
     params, shards, tokenizer, convert, words = layouts[taken]()
@@ -871,7 +899,7 @@ def load_model(
     if N > 1:
         from parts import parallel
 
-        parallel.check_same_model(params, shards, tokenizer)
+        parallel.check_same_model(params, shards, tokenizer, convert)
         own = parallel.share_of_params(params, N)
         shapes = parallel.share_of_shapes(own, N)
         words += f", one of {N} shares"
