@@ -354,7 +354,9 @@ PARAMS = {  # Meta's: llama.cpp's, each after "llama."
     "rope_theta": "rope.freq_base",
     "max_seq_len": "context_length",
 }
-HARMLESS: dict[str, tuple[Any, ...] | None] = {  # other keys: what they may say without changing the arithmetic; None: anything
+HARMLESS: dict[
+    str, tuple[Any, ...] | None
+] = {  # other keys: what they may say without changing the arithmetic; None: anything
     "vocab_size": None,
     "tensor_data_layout": None,
     "rope.scaling.original_context_length": None,
@@ -495,9 +497,13 @@ def scaling_of(factors: Tensor, params: Params) -> Params | None:
         y = keep[between][0] if between.any() else torch.tensor(0.5)
         slope = torch.maximum(y / (x - slow), (1 - y) / (fast - x))
         start = y - slope * x
-    width = scaling["rope_original_context"] / (2 * math.pi * slope.item())
-    scaling["rope_low_freq_factor"] = -start.item() * width
-    scaling["rope_high_freq_factor"] = (1 - start.item()) * width
+    for context in (8192, 512):  # which of them says nothing of its own: factors go with it
+        width = context / (2 * math.pi * slope.item())
+        scaling["rope_original_context"] = context
+        scaling["rope_low_freq_factor"] = -start.item() * width
+        scaling["rope_high_freq_factor"] = (1 - start.item()) * width
+        if scaling["rope_high_freq_factor"] <= 1000:
+            break
     return scaling if scaling["rope_low_freq_factor"] > 0 and fits() else None
 
 
