@@ -125,8 +125,8 @@ def _header(file: Any, size: int, path: Path) -> Header:
         if kind != STRING:
             raise wrong(f"{what} is a list of type {kind}, which a GGUF file cannot hold")
         strings_left -= count
-        if strings_left < 0 or 8 * count > size:
-            raise wrong(f"{what} is a list of {count:,} strings")
+        if strings_left < 0 or 8 * count > size - file.tell():
+            raise wrong(f"{what} is a list of {count:,} strings, more than can be here")
         if what in KEPT:
             return [string(what) for _ in range(count)]
         for _ in range(count):
@@ -696,6 +696,12 @@ def open_gguf(path: Path) -> layouts.Opened:
     for name in [name for name in tensors if name.endswith(".attn_rot_embd.weight")]:
         del tensors[name]  # old files' table of RoPE; the script computes it
     check_places(gguf, tensors if rope is None else tensors | {"rope_freqs.weight": rope})
+    foreign = [name for name in tensors if metas_name(name) == name]
+    if foreign:
+        raise ValueError(
+            f"{path}: {printable(min(foreign))[:80]}: a Llama has no such tensor; it is of another kind of "
+            "model, or damaged"
+        )
     if "token_embd.weight" not in tensors:
         raise ValueError(f"{path}: token_embd.weight is missing; it holds no whole model")
     rope_factors = None
