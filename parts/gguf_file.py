@@ -290,14 +290,14 @@ def check_places(gguf: Any, tensors: dict[str, Entry]) -> None:
         ends[file] = end, name
 
 
-def metas_name(name: str) -> str:
-    """A tensor's name in Meta's layout. One that is not in the table stays, to be refused by it."""
+def metas_name(name: str) -> str | None:
+    """A tensor's name in Meta's layout. None: a Llama has no such tensor."""
     layer = re.match(r"blk\.(\d+)\.", name)
     pattern = name.removesuffix(".weight")
     if layer:
         pattern = pattern.replace(layer[1], "{}", 1)
     known = NAMES.get(pattern) if name.endswith(".weight") else None
-    return f"{known.format(layer and layer[1])}.weight" if known else name
+    return f"{known.format(layer and layer[1])}.weight" if known else None
 
 
 def mapped(file: str) -> Tensor:
@@ -312,7 +312,7 @@ def reader(gguf: Any, tensors: dict[str, Entry]) -> Callable[..., Tensor]:
     tensor on "meta" only says that nothing is read yet.
     """
     by_name = {
-        metas_name(name): (entry, bytes_of_row(gguf, name, entry))
+        metas_name(name) or name: (entry, bytes_of_row(gguf, name, entry))
         for name, entry in tensors.items()
     }
     maps = {file: mapped(file) for file in {entry[0] for entry in tensors.values()}}
@@ -369,8 +369,8 @@ HARMLESS: dict[
 SCALING = ("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "rope.dimension_count")
 
 
-def params_of(fields: dict[str, Any], path: Path, rope_factors: Tensor | None, V: int) -> Params:
-    """Params from the metadata. rope_factors: rope_freqs.weight, by which each pair is slowed down."""
+def check_architecture(fields: dict[str, Any], path: Path) -> None:
+    """ValueError if this is not a Llama, or not a model."""
     architecture, kind = fields.get("general.architecture"), fields.get("general.type", "model")
     if architecture != "llama" or kind != "model":
         found = architecture if architecture != "llama" else f"{architecture}, {kind}"
@@ -378,6 +378,10 @@ def params_of(fields: dict[str, Any], path: Path, rope_factors: Tensor | None, V
             f"{path}: its architecture is {printable(str(found))[:60]}; only llama, a whole model, is "
             "supported"
         )
+
+
+def params_of(fields: dict[str, Any], path: Path, rope_factors: Tensor | None, V: int) -> Params:
+    """Params from the metadata. rope_factors: rope_freqs.weight, by which each pair is slowed down."""
     said = {key[6:]: value for key, value in fields.items() if key.startswith("llama.")}
     E = said.get("attention.key_length", said.get("rope.dimension_count"))
     said.setdefault("attention.key_length", E)
@@ -692,16 +696,11 @@ def open_gguf(path: Path) -> layouts.Opened:
     gguf = library(path)
     files = files_of(path)
     fields, tensors = read_headers(files)
+    check_architecture(fields, files[0])
     rope = tensors.pop("rope_freqs.weight", None)
     for name in [name for name in tensors if name.endswith(".attn_rot_embd.weight")]:
         del tensors[name]  # old files' table of RoPE; the script computes it
     check_places(gguf, tensors if rope is None else tensors | {"rope_freqs.weight": rope})
-    foreign = [name for name in tensors if metas_name(name) == name]
-    if foreign:
-        raise ValueError(
-            f"{path}: {printable(min(foreign))[:80]}: a Llama has no such tensor; it is of another kind of "
-            "model, or damaged"
-        )
     if "token_embd.weight" not in tensors:
         raise ValueError(f"{path}: token_embd.weight is missing; it holds no whole model")
     rope_factors = None
@@ -714,10 +713,14 @@ def open_gguf(path: Path) -> layouts.Opened:
     matrices = {kind for _, shape, kind, _ in tensors.values() if len(shape) > 1}
     dtype = torch.float32 if matrices == {F32} else torch.bfloat16
     shard: Weights = {}
-    for name, (_, shape, _, _) in tensors.items():
-        if math.prod(shape) > 2**48:
-            raise ValueError(f"{path}: {printable(name)} has the shape {shape}")
-        shard[metas_name(name)] = torch.empty(shape, dtype=dtype, device="meta")
+    for name, (file, shape, _, _) in tensors.items():
+        known = metas_name(name)
+        if known is None:
+            raise ValueError(
+                f"{file}: {printable(name)[:80]}: a Llama has no such tensor; it is of another kind of "
+                "model, or damaged"
+            )
+        shard[known] = torch.empty(shape, dtype=dtype, device="meta")
     kinds = sorted(gguf.GGMLQuantizationType(kind).name for kind in matrices)
     words = f"GGUF, {len(files)} file{'s' * (len(files) > 1)}, {', '.join(kinds)}"
     return (
