@@ -546,7 +546,7 @@ def pre_tokenizer(steps: Sequence[str]) -> dict[str, Any]:
     return made[0] if len(made) == 1 else {"type": "Sequence", "pretokenizers": made}
 
 
-def merges_from_scores(tokens: Sequence[str], scores: Sequence[float]) -> list[tuple[str, str]]:
+def merges_from_scores(tokens: Sequence[str], scores: Sequence[float]) -> list[list[str]]:
     """SentencePiece keeps a score for each token: of two neighbours, those of the best whole are joined."""
     ids = {token: n for n, token in enumerate(tokens)}
     found = []
@@ -556,7 +556,7 @@ def merges_from_scores(tokens: Sequence[str], scores: Sequence[float]) -> list[t
             if left in ids and right in ids:
                 found.append((-score, ids[whole], ids[left], ids[right], left, right))
     found.sort()
-    return [(left, right) for *_, left, right in found]
+    return [[left, right] for *_, left, right in found]
 
 
 def tokenizer_of(
@@ -627,7 +627,7 @@ def byte_level(fields: dict[str, Any], tokens: list[str], path: Path) -> dict[st
             f"{path}: tokenizer.ggml.pre, how a text is cut before its bytes are joined, is {found}; known "
             f"are {', '.join(known)}"
         )
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges or ()]
+    pairs = [merge.split(" ", 1) for merge in merges or ()]
     ids = {*tokens}
     for n, pair in enumerate(pairs):
         if len(pair) != 2 or not ids.issuperset((*pair, "".join(pair))):

@@ -8,6 +8,7 @@ file. The script calls `load_model`.
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -820,6 +821,24 @@ def local_copy(path: str | Path, cache_dir: str | None) -> Path:
         raise ValueError(f"{path}: {first_line(problem)}") from None
 
 
+def downloaded(name: str) -> Path | None:
+    """The folder of a model that weights/download.py knows by this name; None if it knows none."""
+    file = llama.HERE / "weights" / "download.py"
+    if not file.is_file() or not re.fullmatch(r"[\w.-]+", name):
+        return None
+    spec: Any = importlib.util.spec_from_file_location("download", file)
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    known = program.looked_up(name)
+    if known is None:
+        return None
+    folder: Path = program.folder_of(known)
+    if not folder.is_dir() or any(folder.glob("*.part")):
+        state = "not whole yet" if folder.is_dir() else "not here yet"
+        raise ValueError(f"{name}: {state}; python {program.short(file)} {known} brings it")
+    return folder
+
+
 def open_checkpoint(
     path: str | Path, rope_scaling_factor: float | None = None, cache_dir: str | None = None
 ) -> Opened:
@@ -829,6 +848,8 @@ def open_checkpoint(
     tensor (or None), and words for the report.
     """
     local = local_copy(path, cache_dir)
+    if not local.exists():
+        local = downloaded(str(path)) or local
     if not local.is_dir() and not local.is_file():
         raise ValueError(f"{path}: no such file or folder")
     layouts = find_layouts(local) if local.is_dir() else layouts_of_file(local)
