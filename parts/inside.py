@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import llama3_from_scratch as llama
-from parts import processes
+from parts import processes, vocabulary
 
 
 def check_finite(logits: Tensor, weights: llama.Weights) -> None:
@@ -220,7 +220,7 @@ def save_trace(path: str, tokens: Tensor, model: llama.Model, about: dict[str, s
     shown = torch.cat([trace["tokens"].flatten(), trace["lens.ids"].flatten()])
     texts = {}
     for n in shown.unique().tolist():
-        texts[n] = tokenizer.decode_single_token_bytes(n).decode("utf-8", "backslashreplace")
+        texts[n] = vocabulary.piece(tokenizer, n).decode("utf-8", "backslashreplace")
     about = about | {"params": json.dumps(whole), "dtype": dtype, "texts": json.dumps(texts)}
     save_tensors(path, trace, about)
     viewer = Path(__file__).resolve().parents[1] / "tools" / "viewer.html"

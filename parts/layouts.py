@@ -16,7 +16,6 @@ import os
 import re
 import sys
 import time
-import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -417,6 +416,8 @@ def open_safetensors(path: Path) -> Weights:
 
 def open_hugging_face(folder: Path) -> Opened:
     """A folder in Hugging Face's layout."""
+    from parts import vocabulary
+
     params, tied = hugging_face_params(folder / "config.json")
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file() and not single.is_file():
@@ -470,35 +471,10 @@ def open_hugging_face(folder: Path) -> Opened:
     return (
         params,
         {"the safetensors files": tensors},
-        hugging_face_tokenizer(folder),
+        vocabulary.open_folder(folder),
         rows_in_pairs(params),
         words,
     )
-
-
-def hugging_face_tokenizer(folder: Path) -> Any:
-    """From tokenizer.model, original/tokenizer.model, or tokenizer.json alone, as many mirrors have it."""
-    for path in (folder / "tokenizer.model", folder / "original" / "tokenizer.model"):
-        if path.is_file():
-            return open_tokenizer(path)
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"{folder}: neither tokenizer.model nor tokenizer.json is there")
-    # Byte-level BPE writes each byte as a printable letter: itself, or else the letters from 256 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = {chr(b): b for b in printable}
-    letters |= {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)}
-    try:
-        model = read_json(path)["model"]
-        ranks = {
-            bytes(letters[letter] for letter in token): rank
-            for token, rank in model["vocab"].items()
-        }
-        if not all(type(rank) is int for rank in ranks.values()):
-            raise TypeError
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path}: not the byte-level BPE tokenizer of a Llama 3") from None
-    return llama.make_tokenizer(ranks, path)
 
 
 # ------------------------------------------------------------------------------------ LLMs-from-scratch
@@ -530,7 +506,10 @@ def open_rasbt(path: Path) -> Opened:
         raise ValueError(
             f"{path}: not one of the Llama 3.2 files of LLMs-from-scratch: a tensor is missing or misshapen"
         ) from None
-    params, tokenizer = check_params(given, path), open_tokenizer(path.parent / "tokenizer.model")
+    from parts import vocabulary
+
+    params = check_params(given, path)
+    tokenizer = vocabulary.open_tokenizer(path.parent / "tokenizer.model")
     return (
         params,
         {path.name: tensors},
@@ -540,56 +519,12 @@ def open_rasbt(path: Path) -> Opened:
     )
 
 
-# ------------------------------------------------------------------------------------ Llama 2's tokenizer
-
-
-def sentencepiece_tokenizer(path: Path) -> Any:
-    """Llama 2's tokenizer.model, behind those of tiktoken's methods that the script uses."""
-    try:
-        from sentencepiece import SentencePieceProcessor
-    except ImportError:
-        raise ValueError(
-            f"{path}: a SentencePiece tokenizer, of Llama 2; pip install sentencepiece"
-        ) from None
-    try:
-        model = SentencePieceProcessor(model_file=str(path))
-    except Exception as problem:
-        raise explain(path, "a SentencePiece tokenizer", problem) from None
-    special = {
-        "<|begin_of_text|>": model.bos_id(),
-        "<|end_of_text|>": model.eos_id(),
-        "<|eot_id|>": model.eos_id(),
-        "<|eom_id|>": model.eos_id(),
-    }
-
-    def encode_single_token(name: str) -> int:
-        if name not in special:
-            raise ValueError(f"{path}: Llama 2 has no token {name}; its chat format is another")
-        return special[name]
-
-    def token_bytes(token: int) -> bytes:
-        if model.is_byte(token):
-            return bytes([int(model.id_to_piece(token)[3:-1], 16)])
-        return (
-            b""
-            if model.is_control(token)
-            else model.id_to_piece(token).replace("\u2581", " ").encode()
-        )
-
-    return types.SimpleNamespace(
-        n_vocab=model.vocab_size(),
-        encode_ordinary=model.encode,
-        encode_single_token=encode_single_token,
-        decode_single_token_bytes=token_bytes,
-        decode=lambda tokens: b"".join(map(token_bytes, tokens)).decode("utf-8", "replace"),
-    )
-
-
 # ------------------------------------------------------------------------------------ remote folders
 
 
 CHECKPOINT_FILE = re.compile(
     r"(.*/)?(consolidated\.\d+\.pth|params\.json|tokenizer\.model|tokenizer\.json|config\.json"
+    r"|(tokenizer_config|special_tokens_map|generation_config)\.json|chat_template\.jinja"
     r"|model.*\.safetensors(\.index\.json)?|llama3.*\.pth)"
 )
 
@@ -679,24 +614,6 @@ def cached_copy(url: str, cache_dir: str | None = None) -> Path:
 # ------------------------------------------------------------------------------------ which layout is it?
 
 
-def open_tokenizer(path: Path) -> Any:
-    """tokenizer.model of Llama 3 (lines of base64 and rank) or of Llama 2 (SentencePiece)."""
-    try:
-        if not path.is_file():
-            raise OSError
-        content = path.read_bytes()
-    except OSError as problem:
-        raise explain(path, "the tokenizer that comes with the weights", problem) from None
-    if b"<unk>" in content[:64]:
-        return sentencepiece_tokenizer(path)
-    try:
-        return llama.load_tokenizer(path)
-    except ValueError as problem:
-        raise explain(
-            path, "lines of base64 and rank", str(problem).removeprefix(f"{path}: ")
-        ) from None
-
-
 def checked_pth(path: Path) -> Weights:
     """open_pth, with a better word on what is wrong."""
     try:
@@ -733,13 +650,16 @@ def embedding_by_rows(shards: Shards, vocab_size: int) -> None:
 
 def open_meta(folder: Path) -> Opened:
     """A folder in Meta's layout."""
+    from parts import vocabulary
+
     count = len(list(folder.glob("consolidated.*.pth"))) or 1
     files = [folder / f"consolidated.{n:02}.pth" for n in range(count)]
-    for path in (folder / "params.json", folder / "tokenizer.model", *files):
+    model_file = vocabulary.find_model_file(folder)
+    for path in (folder / "params.json", model_file, *files):
         if not path.exists():
             raise ValueError(f"{path}: no such file; is the download complete?")
     given = read_json(folder / "params.json")
-    tokenizer = open_tokenizer(folder / "tokenizer.model")
+    tokenizer = vocabulary.open_tokenizer(model_file)
     if given.get("vocab_size") == -1:  # Llama 2 leaves it to the tokenizer
         given["vocab_size"] = tokenizer.n_vocab
     if given.get("rope_scaling_factor") is not None:
@@ -847,6 +767,8 @@ def open_checkpoint(
     Returns params, shards (by file name: tensors by Meta's name), tokenizer, what is to be done to each whole
     tensor (or None), and words for the report.
     """
+    from parts import vocabulary
+
     local = local_copy(path, cache_dir)
     if not local.exists():
         local = downloaded(str(path)) or local
@@ -880,11 +802,10 @@ def open_checkpoint(
     if is_tied(next(iter(shards.values()))):
         for shard in shards.values():
             shard.pop("output.weight", None)
-    if tokenizer.n_vocab != params["vocab_size"]:
-        raise ValueError(
-            f"{path}: the tokenizer has {tokenizer.n_vocab} tokens, but vocab_size is "
-            f"{params['vocab_size']}; they are of different models"
-        )
+    vocabulary.check_rows(tokenizer, params["vocab_size"], path)
+    if tokenizer.n_vocab < params["vocab_size"]:
+        words += f", {params['vocab_size'] - tokenizer.n_vocab} rows that are no token's"
+        params |= {"n_tokens": tokenizer.n_vocab}
     return params, shards, tokenizer, convert, f"{words}, {understood(params, shards)}"
 
 

@@ -17,7 +17,7 @@ from references import hugging_face_model, metas_reference, to_halves
 from safetensors.torch import load_file, save_file
 
 import llama3_from_scratch as llama
-from parts import layouts
+from parts import layouts, vocabulary
 from parts.chat import chat_message
 from tools.random_checkpoint import made_up_tokenizer, random_weights, write_checkpoint
 
@@ -118,7 +118,7 @@ def test_tokenizer_json_alone_agrees_with_the_tokenizers_library(tmp_path, real_
         str(real_tokenizer_path), pattern=pattern, extra_special_tokens=special
     ).converted()
     theirs.save(str(tmp_path / "tokenizer.json"))
-    ours = layouts.hugging_face_tokenizer(tmp_path)
+    ours = vocabulary.open_folder(tmp_path)
     real = llama.load_tokenizer(real_tokenizer_path)
     assert ours._mergeable_ranks == real._mergeable_ranks and ours.n_vocab == 128256
     for text in TEXTS:
@@ -420,7 +420,7 @@ def test_llama_2_without_sentencepiece_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00")
     with pytest.raises(ValueError, match="pip install sentencepiece"):
-        layouts.open_tokenizer(tmp_path / "tokenizer.model")
+        vocabulary.open_tokenizer(tmp_path / "tokenizer.model")
 
 
 # ------------------------------------------------------------------------------------ remote folders

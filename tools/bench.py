@@ -35,7 +35,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run by its path
 import llama3_from_scratch as llama
-from parts import layouts
+from parts import layouts, vocabulary
 from parts.commandline import peak_memory
 from parts.eager import one_token_step, without_onednn
 
@@ -540,7 +540,10 @@ def cold_start(folder, device, rounds):
     """Seconds from the shell to the first token, in turns: the script, and transformers if it is there."""
     text = "Once upon a time, there was"
     ids = " ".join(
-        map(str, [0, *llama.encode(layouts.open_tokenizer(Path(folder) / "tokenizer.model"), text)])
+        map(
+            str,
+            [0, *llama.encode(vocabulary.open_tokenizer(Path(folder) / "tokenizer.model"), text)],
+        )
     )
     script = [ROOT / "llama3_from_scratch.py", text, "--weights", folder]
     commands = {
