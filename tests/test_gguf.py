@@ -1,5 +1,8 @@
 """GGUF files, against the library's own numbers and against transformers' reading of the same file."""
 
+import json
+import math
+import re
 import struct
 import sys
 import types
@@ -8,10 +11,10 @@ import gguf
 import pytest
 import torch
 from conftest import SMALL, relative_error
-from gguf_files import KINDS, write_gguf
+from gguf_files import KINDS, byte_letters, byte_level_fields, write_gguf
 
 import llama3_from_scratch as llama
-from parts import gguf_file, layouts, parallel
+from parts import gguf_file, layouts, parallel, vocabulary
 from tools.random_checkpoint import random_weights
 
 WIDE = SMALL | {"dim": 256, "n_layers": 2, "multiple_of": 256, "ffn_dim_multiplier": 1.0}
@@ -410,3 +413,215 @@ def test_counts_cost_neither_memory_nor_time(tmp_path, monkeypatch):
     path.write_bytes(head + struct.pack("<IIQ", 9, 8, 1001) + bytes(8 * 1001 + 64))
     with pytest.raises(ValueError, match="is a list of 1,001 strings, more"):
         gguf_file.read_header(path)
+
+
+# --------------------------------------------------------------------------------------- the tokenizers
+
+TEXTS = (
+    "Hello world",
+    " a  b\n\n\tc  ",
+    "I'm, you're, IT'S",
+    "in 1234 or 3.14159",
+    "def f(x):\n    return x**2  # λ\n",
+    "émoji 🦙 naïve cafe\u0301",
+    "中文字符测试，你好",
+    "مرحبا بالعالم",
+    "\x00\x01\x7f\u200b",
+    "<|im_start|>user\nhi<|im_end|>",
+)
+
+
+def test_smollm_as_transformers_reads_it(smollm):
+    """Logits in float32, token ids, chat ids, and the token that ends a text."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from parts import chat
+
+    weights, params, tokenizer = model = llama.load_model(smollm, "cpu", "float32", quiet=True)
+    named = {"pretrained_model_name_or_path": smollm.parent, "gguf_file": smollm.name}
+    theirs, spelled = (
+        AutoModelForCausalLM.from_pretrained(**named, dtype=torch.float32),
+        AutoTokenizer,
+    )
+    spelled = spelled.from_pretrained(**named)
+    for text in TEXTS[:-1]:  # the last one would be special tokens there, and is text here
+        ids = spelled(text, add_special_tokens=False).input_ids
+        assert llama.encode(tokenizer, text) == ids, text
+        assert tokenizer.decode(ids) == spelled.decode(ids, clean_up_tokenization_spaces=False)
+    assert tokenizer.begin == [] and tokenizer.stops == [2]
+    question = "What is the capital of France?"
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": question}]
+    for system, said in ((None, turns[1:]), ("Be brief.", turns)):
+        ids = spelled.apply_chat_template(said, add_generation_prompt=True, return_dict=False)
+        assert chat.prompt_ids(question, tokenizer, params["max_seq_len"], True, system) == ids
+    ids = chat.prompt_ids(question, tokenizer, params["max_seq_len"], True, None)
+    with torch.no_grad():
+        logits = theirs(torch.tensor([ids])).logits
+    assert relative_error(llama.forward(torch.tensor([ids]), weights, params), logits) < 1e-5
+    assert llama.complete(ids, model, 20) == "The capital of France is Paris."
+
+
+def test_every_key_and_tensor_of_smollm(smollm):
+    """What the header holds, and each tensor's numbers, as the library reads them."""
+    theirs, (fields, tensors) = gguf.GGUFReader(smollm), gguf_file.read_headers([smollm])
+    for key, value in fields.items():
+        if key != "general.languages":  # a list of strings that is not needed
+            expected = theirs.fields[key].contents()
+            assert (gguf_file.numbers_of(fields, key) or value) == expected, key
+    read = gguf_file.reader(gguf, tensors)
+    for tensor in theirs.tensors[:20]:
+        expected = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+        assert torch.equal(
+            read(gguf_file.metas_name(tensor.name), torch.empty(1, device="meta")), expected
+        )
+
+
+def opened(fields, tmp_path):
+    return gguf_file.tokenizer_from(gguf_file_fields(fields, tmp_path), tmp_path)
+
+
+def gguf_file_fields(fields, tmp_path):
+    """The same metadata, written to a file and read from it."""
+    params = llama.fill_params(SMALL | {"vocab_size": len(fields["tokenizer.ggml.tokens"])})
+    weights = random_weights(params | {"n_layers": 1}, 0, True, torch.float32)
+    write_gguf(tmp_path / "t.gguf", weights, params | {"n_layers": 1}, fields=fields, scaled=False)
+    return gguf_file.read_headers([tmp_path / "t.gguf"])[0]
+
+
+PRE = {  # tokenizer.ggml.pre: how transformers says the same
+    "gpt-2": lambda p: p.ByteLevel(add_prefix_space=False),
+    "default": lambda p: p.ByteLevel(add_prefix_space=False),
+    "smollm": lambda p: p.Sequence(
+        [p.Digits(individual_digits=True), p.ByteLevel(add_prefix_space=False)]
+    ),
+}
+
+
+@pytest.mark.parametrize("pre", PRE)
+def test_byte_level_vocabularies(tmp_path, pre):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    theirs = Tokenizer(models.BPE())
+    theirs.pre_tokenizer, theirs.decoder = PRE[pre](pre_tokenizers), decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    theirs.train_from_iterator(
+        [*TEXTS[:-1], "aaa bbb 1999 1234 12 34 the then there"] * 4,
+        trainers.BpeTrainer(vocab_size=400, special_tokens=specials, initial_alphabet=letters),
+    )
+    said = json.loads(theirs.to_str())
+    tokens = sorted(said["model"]["vocab"], key=said["model"]["vocab"].get)
+    fields = {
+        "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3] * 3 + [1] * (len(tokens) - 3),
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in said["model"]["merges"]],
+    }
+    ours = opened(byte_level_fields(512) | fields, tmp_path)
+    for text in (*TEXTS[:-1], "½ ٣٤ 1999 12", *specials):
+        theirs.encode_special_tokens = True
+        ids = theirs.encode(text, add_special_tokens=False).ids
+        assert llama.encode(ours, text) == ids, text
+        assert ours.decode(ids) == text
+    assert ours.stops == [2] and ours.begin == [1]
+
+
+def test_llama_3s_own_vocabulary(tmp_path, real_tokenizer_path):
+    """llama-bpe is Llama 3's cut, and its merges are ignored where a whole piece is a token."""
+    letters = byte_letters()
+    ranks = llama.load_tokenizer(real_tokenizer_path)._mergeable_ranks
+    few = [token for token, rank in ranks.items() if rank < 1000]
+    tokens = ["".join(letters[b] for b in token) for token in few]
+    names = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"]
+    merges = [
+        " ".join(pair) for pair in vocabulary.all_merges({t: n for n, t in enumerate(tokens)})
+    ]
+    fields = byte_level_fields(2000) | {
+        "tokenizer.ggml.pre": "llama-bpe",
+        "tokenizer.ggml.tokens": tokens + names,
+        "tokenizer.ggml.token_type": [1] * len(tokens) + [3] * len(names),
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": len(tokens),
+        "tokenizer.ggml.eos_token_id": len(tokens) + 1,
+    }
+    ours = opened(fields, tmp_path)
+    meta = llama.make_tokenizer({token: n for n, token in enumerate(few)}, "few")
+    assert type(ours) is type(meta)  # through tiktoken
+    for text in TEXTS:
+        assert llama.encode(ours, text) == llama.encode(meta, text)
+    assert ours.begin == [1000] and sorted(ours.stops) == [1001, 1002, 1003]
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_a_vocabulary_with_scores(tmp_path, prefix):
+    """Llama 2's kind, made with sentencepiece: its own ids, byte fallback, and the space in front."""
+    import sentencepiece
+
+    (tmp_path / "text").write_text(
+        "\n".join(TEXTS[:7] * 20 + ["the llama eats hay, the llamas eat"] * 20)
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "m"), vocab_size=400, model_type="bpe",
+        byte_fallback=True, add_dummy_prefix=prefix, remove_extra_whitespaces=False,
+        normalization_rule_name="identity", split_digits=True, character_coverage=0.98,
+        minloglevel=2,
+    )  # fmt: skip
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
+    V = theirs.vocab_size()
+    kinds = [
+        6 if theirs.is_byte(n) else 3 if theirs.is_control(n) else 2 if theirs.is_unknown(n) else 1
+        for n in range(V)
+    ]
+    fields = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.tokens": [theirs.id_to_piece(n) for n in range(V)],
+        "tokenizer.ggml.scores": [theirs.get_score(n) for n in range(V)],
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": None,
+        "tokenizer.ggml.add_space_prefix": prefix,
+    }
+    ours = opened(byte_level_fields(V) | fields, tmp_path)
+    for text in (*TEXTS, " the llama  eats 1999 hays", "the"):
+        ids = theirs.encode(text)
+        assert llama.encode(ours, text) == ids, text
+        said = b"".join(map(ours.decode_single_token_bytes, ids)).decode()
+        assert said == (" " if prefix else "") + text
+    assert ours.begin == [1] and ours.stops == [2]
+
+
+WRONG_TOKENIZERS = {
+    "unknown cut": ({"tokenizer.ggml.pre": "viking"}, "how a text is cut before its bytes are joined, is 'viking'"),
+    "no cut": ({"tokenizer.ggml.pre": None}, "how a text is cut before its bytes are joined, is missing"),
+    "another kind": ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model is 'bert'"),
+    "no kind": ({"tokenizer.ggml.model": None}, "tokenizer.ggml.model is None"),
+    "no tokens": ({"tokenizer.ggml.tokens": None}, "tokenizer.ggml.tokens is missing"),
+    "too few": ({"tokenizer.ggml.tokens": ["a", "b"]}, "2 tokens, but tokenizer.ggml.token_type has 512"),
+    "twice": ({"tokenizer.ggml.tokens": ["a"] * 512}, "tokenizer.ggml.tokens is holding a token twice"),
+    "merges": ({"tokenizer.ggml.merges": ["t h", "zz q"]}, "tokenizer.ggml.merges: number 1 does not join"),
+    "end": ({"tokenizer.ggml.eos_token_id": 512}, "tokenizer.ggml.eos_token_id is 512"),
+    "no scores": ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.scores has 0"),
+    "NaN": ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [math.nan] * 512}, "finite numbers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fields, says", WRONG_TOKENIZERS.values(), ids=WRONG_TOKENIZERS)
+def test_tokenizers_that_cannot_be_used(small, script, fields, says):
+    path, _, _ = small(fields=fields)
+    run = script("hi", "--weights", path)
+    assert run.returncode == 2 and run.stdout == "" and run.stderr.count("\n") == 1, run.stderr
+    assert run.stderr.startswith(f"error: {path}: ") and says in run.stderr, run.stderr
+
+
+def test_from_a_file_to_a_text(small, script):
+    """The whole way, and what is there beside: the next token is that of the same weights in Meta's layout."""
+    path, params, expected = small("Q8_0", sizes=WIDE)
+    run = script("in the", "--weights", path, "--dtype", "float32", "--max-new-tokens", 1)
+    assert run.returncode == 0 and "GGUF, 1 file, Q8_0, " in run.stderr, run.stderr
+    ids = [int(word) for word in re.findall(r"  (\d+) '", run.stderr.splitlines()[1])]
+    logits = llama.forward(torch.tensor([ids]), expected, params)[0, -1]
+    assert (
+        ids[0] == 1
+        and f"next: {llama.load_model(path, quiet=True)[2].decode([int(logits[:264].argmax())])!r}"
+        in run.stderr
+    )
