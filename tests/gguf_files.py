@@ -5,7 +5,7 @@ import numpy as np
 import torch
 
 import llama3_from_scratch as llama
-from parts import gguf_file
+from parts.gguf_file import NAMES
 
 KINDS = gguf.GGMLQuantizationType
 
@@ -117,7 +117,7 @@ def write_gguf(path, weights, params, kind=KINDS.F32, fields=None, scaled=None, 
             file.add_array(key, value)
     generator = torch.Generator().manual_seed(3)
     names = {}
-    for theirs, ours in gguf_file.NAMES.items():
+    for theirs, ours in NAMES.items():
         for n in range(params["n_layers"] if "{}" in ours else 1):
             names[f"{ours.format(n)}.weight"] = f"{theirs.format(n)}.weight"
     tied = weights["output.weight"] is weights["tok_embeddings.weight"]
