@@ -8,6 +8,7 @@ library's affair. llama.cpp's converter has already brought wq and wk into Meta'
 import functools
 import importlib
 import math
+import mmap
 import re
 import struct
 from collections.abc import Callable, Sequence
@@ -302,7 +303,9 @@ def metas_name(name: str) -> str | None:
 
 def mapped(file: str) -> Tensor:
     """All bytes of a file, mapped: a page is read when it is used, and a write stays in memory."""
-    return torch.from_file(file, shared=False, size=Path(file).stat().st_size, dtype=torch.uint8)
+    with open(file, "rb") as opened:
+        pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def reader(gguf: Any, tensors: dict[str, Entry]) -> Callable[..., Tensor]:

@@ -5,7 +5,6 @@ import numpy as np
 import torch
 
 import llama3_from_scratch as llama
-from parts.gguf_file import NAMES
 
 KINDS = gguf.GGMLQuantizationType
 
@@ -97,6 +96,11 @@ def rope_factors(params):
     return (params["rope_theta"] ** -(torch.arange(0, E, 2).float() / E) / scaled).float()
 
 
+def gguf_name(known, name):
+    """llama.cpp's name of a tensor that has this one in Meta's layout, as the library's table has it."""
+    return known.get_name(name, try_suffixes=(".weight",))
+
+
 def write_gguf(path, weights, params, kind=KINDS.F32, fields=None, scaled=None, **writer):
     """Writes Meta's weights as llama.cpp does; returns what each tensor says there, by Meta's name.
 
@@ -116,10 +120,7 @@ def write_gguf(path, weights, params, kind=KINDS.F32, fields=None, scaled=None, 
         elif value is not None:
             file.add_array(key, value)
     generator = torch.Generator().manual_seed(3)
-    names = {}
-    for theirs, ours in NAMES.items():
-        for n in range(params["n_layers"] if "{}" in ours else 1):
-            names[f"{ours.format(n)}.weight"] = f"{theirs.format(n)}.weight"
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, params["n_layers"])  # Meta's names too
     tied = weights["output.weight"] is weights["tok_embeddings.weight"]
     if scaled if scaled is not None else params["use_scaled_rope"]:
         file.add_tensor("rope_freqs.weight", rope_factors(params).numpy())
@@ -129,7 +130,7 @@ def write_gguf(path, weights, params, kind=KINDS.F32, fields=None, scaled=None, 
             continue
         w, this = weights[name], kind if weights[name].dim() > 1 else KINDS.F32
         data = np.ascontiguousarray(encoded(w, this, generator))
-        file.add_tensor(names[name], data, raw_dtype=this)
+        file.add_tensor(gguf_name(known, name), data, raw_dtype=this)
         expected[name] = torch.from_numpy(gguf.dequantize(data, this).copy()).view(w.shape)
     file.write_header_to_file()
     file.write_kv_data_to_file()

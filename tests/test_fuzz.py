@@ -104,7 +104,7 @@ def gguf_folder(folder, sizes):
 def gguf_logits(path, tokens):
     """What a damaged GGUF file still says, as the library reads it."""
     import gguf
-    from gguf_files import NAMES
+    from gguf_files import gguf_name
 
     file = gguf.GGUFReader(path)
     said = {key: field.contents() for key, field in file.fields.items()}
@@ -113,8 +113,12 @@ def gguf_logits(path, tokens):
         for t in file.tensors
     }
     L = said["llama.block_count"]
-    names = {ours.format(n): theirs.format(n) for theirs, ours in NAMES.items() for n in range(L)}
-    weights = {f"{ours}.weight": found.get(f"{theirs}.weight") for ours, theirs in names.items()}
+    sizes = TINY | {"n_layers": L}
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, L)
+    weights = {
+        name: found.get(gguf_name(known, name))
+        for name in llama.weight_shapes(llama.fill_params(sizes))
+    }
     if weights["output.weight"] is None:
         weights["output.weight"] = weights["tok_embeddings.weight"]
     H = said["llama.attention.head_count"]
