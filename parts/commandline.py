@@ -55,7 +55,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--weights",
         metavar="DIR",
         default=str(llama.TINY),
-        help="a checkpoint: Meta's, Hugging Face's or rasbt's, a folder or gs://… (default: weights/tiny)",
+        help="a checkpoint: Meta's, Hugging Face's, rasbt's or GGUF, a folder or gs://…, or a name of\n"
+        "weights/download.py, such as smollm2-135m-instruct (default: weights/tiny)",
     )
     add(
         "--cache-dir",

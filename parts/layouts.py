@@ -8,6 +8,7 @@ file. The script calls `load_model`.
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -186,7 +187,9 @@ def check_tensors(shards: Shards) -> None:
     first = next(iter(shards.values()))
     for file, shard in shards.items():
         for name, w in shard.items():
-            if w.dtype not in llama.FLOATS or w.layout != torch.strided or w.is_meta or w.is_nested:
+            later = w.is_meta and file.endswith(".gguf")  # those are read when their turn comes
+            plain = w.layout == torch.strided and not w.is_nested
+            if w.dtype not in llama.FLOATS or not plain or (w.is_meta and not later):
                 raise ValueError(
                     f"{file}: {name} is {w.dtype}, {w.layout}, on {w.device}; expected plain float32, "
                     "bfloat16 or float16 numbers".replace("torch.", "")
@@ -738,7 +741,8 @@ def find_layouts(path: Path) -> dict[str, Callable[[], Opened]]:
         if any(folder.glob("consolidated.*.pth")):
             layouts[name] = functools.partial(open_meta, folder)
     weights = [*path.glob("model*.safetensors*"), *path.glob("pytorch_model*.bin*")]
-    if (path / "config.json").exists() or weights:
+    ggufs = gguf_layouts(path)  # their folders on the hub have a config.json too
+    if weights or ((path / "config.json").exists() and not ggufs):
         layouts["Hugging Face's layout"] = functools.partial(open_hugging_face, path)
     for file in sorted(path.glob("*.pth")):
         if not file.name.startswith("consolidated."):
@@ -748,6 +752,7 @@ def find_layouts(path: Path) -> dict[str, Callable[[], Opened]]:
         tuned, key=lambda file: -int(file.stem[11:])
     ):  # an epoch each; the last first
         layouts[file.name] = functools.partial(open_file, file)
+    layouts |= ggufs
     singles = [*path.glob("*.safetensors"), *path.glob("*.pt")]
     if not layouts and len(singles) == 1:
         layouts[singles[0].name] = functools.partial(open_file, singles[0])
@@ -763,11 +768,30 @@ def refuse_adapter(path: Path) -> None:
         raise ValueError(f"{path}: {MERGE_IT}")
 
 
+def gguf_layouts(folder: Path) -> dict[str, Callable[[], Opened]]:
+    """The GGUF files of a folder, as in find_layouts; of one that is split, the first."""
+
+    def is_first(file: Path) -> bool:
+        return not re.search(r"-\d{5}-of-\d{5}\.gguf$", file.name) or "-00001-of-" in file.name
+
+    files = [file for file in sorted(folder.glob("*.gguf")) if is_first(file)]
+    return {file.name: functools.partial(open_gguf, file) for file in files}
+
+
+def open_gguf(file: Path) -> Opened:
+    """A GGUF file, or one of several parts."""
+    from parts import gguf_file
+
+    return gguf_file.open_gguf(file)
+
+
 def layouts_of_file(file: Path) -> dict[str, Callable[[], Opened]]:
     """The layout that a single file belongs to, as in find_layouts."""
     stem = r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
     if SHARD.fullmatch(file.name) or file.name == "params.json":
         return {"Meta's layout": lambda: open_meta(file.parent)}
+    if file.suffix == ".gguf":
+        return {file.name: lambda: open_gguf(file)}
     if file.name == "config.json" or (
         re.fullmatch(stem, file.name) and (file.parent / "config.json").exists()
     ):
@@ -775,7 +799,7 @@ def layouts_of_file(file: Path) -> dict[str, Callable[[], Opened]]:
     if file.suffix in (".pth", ".pt", ".bin", ".safetensors"):
         return {file.name: lambda: open_file(file)}
     raise ValueError(
-        f"{file}: not a file of a checkpoint that can be read; .pth, .pt, .bin and .safetensors can"
+        f"{file}: not a file of a checkpoint that can be read; .pth, .pt, .bin, .safetensors and .gguf can"
     )
 
 
@@ -793,6 +817,24 @@ def local_copy(path: str | Path, cache_dir: str | None) -> Path:
         raise ValueError(f"{path}: {first_line(problem)}") from None
 
 
+def downloaded(name: str) -> Path | None:
+    """The folder of a model that weights/download.py knows by this name; None if it knows none."""
+    file = llama.HERE / "weights" / "download.py"
+    if not file.is_file() or not re.fullmatch(r"[\w.-]+", name):
+        return None
+    spec: Any = importlib.util.spec_from_file_location("download", file)
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    known = program.looked_up(name)
+    if known is None:
+        return None
+    folder: Path = program.folder_of(known)
+    if not folder.is_dir() or any(folder.glob("*.part")):
+        state = "not whole yet" if folder.is_dir() else "not here yet"
+        raise ValueError(f"{name}: {state}; python {program.short(file)} {known} brings it")
+    return folder
+
+
 def open_checkpoint(
     path: str | Path, rope_scaling_factor: float | None = None, cache_dir: str | None = None
 ) -> Opened:
@@ -804,6 +846,8 @@ def open_checkpoint(
     from parts import vocabulary
 
     local = local_copy(path, cache_dir)
+    if not local.exists():
+        local = downloaded(str(path)) or local
     if not local.is_dir() and not local.is_file():
         found = "neither a file nor a folder" if local.exists() else "no such file or folder"
         raise ValueError(f"{path}: {found}")
@@ -816,7 +860,7 @@ def open_checkpoint(
             listed += " …"
         raise ValueError(
             f"{path}: no checkpoint there: no params.json with consolidated.00.pth, no config.json with "
-            f"model.safetensors, no llama3.2-….pth; it holds {listed}"
+            f"model.safetensors, no llama3.2-….pth, no .gguf; it holds {listed}"
         )
     taken, *others = layouts
     params, shards, tokenizer, convert, words = layouts[taken]()
@@ -883,7 +927,7 @@ def load_model(
     if N > 1:
         from parts import parallel
 
-        parallel.check_same_model(params, shards, tokenizer)
+        parallel.check_same_model(params, shards, tokenizer, convert)
         own = parallel.share_of_params(params, N)
         shapes = parallel.share_of_shapes(own, N)
         words += f", one of {N} shares"
