@@ -10,6 +10,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import blobfile
 import pytest
 import torch
 from conftest import ROOT, SMALL, full_params, relative_error, some_tokens
@@ -429,7 +430,7 @@ def test_llama_2_without_sentencepiece_says_so(tmp_path, monkeypatch):
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
     """gs://bucket/… is the folder tmp_path/bucket/…, for what is used of blobfile. Lists what is copied."""
-    blobfile, copied = layouts.blobfile, []
+    copied = []
     real = blobfile.listdir, blobfile.stat, blobfile.BlobFile
 
     def local(url):
@@ -470,19 +471,19 @@ def test_remote_folders_are_copied_once(bucket, checkpoint, tmp_path, capsys):
 
 def test_an_interrupted_copy_goes_on(bucket, checkpoint, tmp_path, monkeypatch):
     checkpoint(name="bucket/llama", shards=2)
-    open_blob = layouts.blobfile.BlobFile
+    open_blob = blobfile.BlobFile
 
     def broken(url, *arguments, **options):
         if url.startswith("gs://") and url.endswith("01.pth"):
             raise OSError("connection lost")
         return open_blob(url, *arguments, **options)
 
-    monkeypatch.setattr(layouts.blobfile, "BlobFile", broken)
+    monkeypatch.setattr(blobfile, "BlobFile", broken)
     with pytest.raises(
         ValueError, match=r"gs://bucket/llama/consolidated.01.pth: not copied \(connection lost\)"
     ):
         llama.load_model("gs://bucket/llama", cache_dir=tmp_path / "cache")
-    monkeypatch.setattr(layouts.blobfile, "BlobFile", open_blob)
+    monkeypatch.setattr(blobfile, "BlobFile", open_blob)
     bucket.clear()
     llama.load_model("gs://bucket/llama", cache_dir=tmp_path / "cache")
     assert sorted(bucket) == ["consolidated.01.pth", "params.json", "tokenizer.model"]
