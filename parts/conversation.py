@@ -9,15 +9,29 @@ import tiktoken
 import llama3_from_scratch as llama
 from parts import processes
 from parts.chat import prompt_ids
+from parts.programs import say_error
+
+
+def typed_lines() -> Iterator[str]:
+    """The lines of a terminal, as they are typed. Ctrl-D in the middle of one ends it, as Enter would.
+
+    They are read past Python's buffer, which would wait for the end of the line, and keep what is meant for
+    the debugger. Bytes that are no text stay in the line, for the check of the prompt to find.
+    """
+    terminal = getattr(sys.stdin.buffer, "raw", None)  # a terminal gives at most one line at a time
+    while block := terminal.read(2**16) if terminal else sys.stdin.buffer.readline():
+        if not block.endswith(b"\n"):
+            print(file=sys.stderr)
+        yield block.decode(sys.stdin.encoding or "utf-8", "surrogateescape")
 
 
 def typed_prompts() -> Iterator[str]:
     """One prompt after another from a terminal, with several processes from that of the first."""
-    lines = iter(sys.stdin)
+    lines = typed_lines()
     if processes()[1] > 1:
         from parts import parallel
 
-        lines = parallel.lines_of_process_0(sys.stdin)
+        lines = parallel.lines_of_process_0(lines)
     print("type a prompt, then Enter; Ctrl-D ends\n> ", end="", file=sys.stderr, flush=True)
     for line in lines:
         if line.strip():
@@ -52,7 +66,7 @@ def converse(
         try:
             ids = turn_ids(prompt, [], tokenizer, args, params["max_seq_len"])
         except ValueError as problem:  # it would be too long alone
-            print(f"error: {problem}", file=sys.stderr)
+            say_error(problem)
             continue
         try:
             ids = turn_ids(prompt, said, tokenizer, args, params["max_seq_len"])

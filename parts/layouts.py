@@ -269,7 +269,7 @@ def free_memory(device: str) -> float:
 def check_memory(params: Params, numbers: int, device: str, itemsize: int, positions: int) -> None:
     """Weights (so many numbers) and cache of this run, known from headers alone, against what is free."""
     sharing = (
-        int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device == "cpu" else 1
+        int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device == "cpu" and processes()[1] > 1 else 1
     )  # one memory for all
     weights = sharing * numbers * itemsize
     cache = (

@@ -119,11 +119,10 @@ def ended(work: Callable[[], int | None], stopped: str) -> int:
     except (ValueError, OSError, MemoryError, RuntimeError) as problem:
         if isinstance(problem, RuntimeError) and "memory" not in str(problem):
             raise  # a mistake of ours
-        unwritten = isinstance(problem, OSError) and problem.filename is None
-        if unwritten and flushed(sys.stdout) is not None:
-            problem = ValueError(f"standard output cannot be written ({problem.strerror})")
         line = str(problem) or "out of memory"
         if not isinstance(problem, ValueError):
             line = first_line(problem)  # PyTorch's go on for long
+        if isinstance(problem, OSError) and (lost := flushed(sys.stdout)):
+            line = f"standard output cannot be written ({lost.strerror})"
         say_error(line)
     return 2
