@@ -9,11 +9,11 @@ there · programs: how a program begins and ends. Arrows go one way: these impor
 import re
 from typing import Any
 
-import torch
-
 
 def processes() -> tuple[int, int]:
     """(rank, N): which of how many processes this is. One alone, unless torchrun has started more."""
+    import torch  # here: what needs no tensors starts without it
+
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, SMALL
 from fake_hub import fake_hub
 
-from tools.random_checkpoint import random_checkpoint
+from tools.random_checkpoint import MARK, random_checkpoint
 
 META, RASBT = "meta-llama/Llama-3.2-1B", "rasbt/llama-3.2-from-scratch"
 # huggingface_hub writes blocks of 10 MiB, so a file has to be larger for a part of it to be kept: 21 MB
@@ -22,7 +22,7 @@ CUT = 12_000_000
 
 
 def files_of(folder, prefix="original/"):
-    return {prefix + path.name: path.read_bytes() for path in folder.iterdir()}
+    return {prefix + path.name: path.read_bytes() for path in folder.iterdir() if path.name != MARK}
 
 
 def rasbts_files(folder, params):
@@ -142,7 +142,9 @@ def refused(result, *says):
 
 
 def content_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "source.txt"}
+    """What it has brought, without what it notes of it."""
+    notes = ("source.txt", ".checksums.json", ".lock")
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in notes}
 
 
 def originals(repo):

@@ -1,9 +1,14 @@
 """What nobody would send on purpose, and somebody does: one line, within memory, nothing lost."""
 
+import filecmp
 import json
 import math
+import os
 import resource
+import shutil
+import signal
 import struct
+import time
 
 import pytest
 import torch
@@ -12,7 +17,9 @@ from safetensors.torch import save_file
 
 import llama3_from_scratch as llama
 from parts import CONTROL, for_screen, printable
-from tools import compare
+from parts.files import local_path, written_whole
+from parts.programs import run_program
+from tools import compare, random_checkpoint
 
 TINY = str(ROOT / "weights" / "tiny")
 
@@ -204,3 +211,136 @@ def test_printable_and_for_screen(capsys):
     assert for_screen("👨‍👩‍👧 שלום\u200f", Terminal) == "👨‍👩‍👧 שלום\u200f"
     Terminal.isatty = staticmethod(lambda: False)
     assert for_screen(rude, Terminal) == rude
+
+
+# ------------------------------------------------------------------------------------ nothing is lost
+
+
+def test_random_checkpoint_leaves_others_files_alone(tmp_path, capsys):
+    make, folder = random_checkpoint.main, tmp_path / "own"
+    assert make(["small", str(folder), "--shards", "2"]) == 0
+    assert make(["small", str(folder)]) == 0  # its own it may replace
+    names = {"params.json", "tokenizer.model", "consolidated.00.pth", random_checkpoint.MARK}
+    assert {path.name for path in folder.iterdir()} == names
+    capsys.readouterr()
+    (folder / "consolidated.01.pth").write_bytes(b"years of work")
+    one_line(
+        capsys, make(["small", str(folder)]), "consolidated.01.pth there is not of this program"
+    )
+    (folder / "consolidated.01.pth").rename(folder / "consolidated.00.pth")
+    one_line(
+        capsys, make(["small", str(folder)]), "consolidated.00.pth there is not of this program"
+    )
+    assert (folder / "consolidated.00.pth").read_bytes() == b"years of work"
+    tiny = tmp_path / "tiny"
+    shutil.copytree(TINY, tiny)
+    one_line(capsys, make(["small", str(tiny)]), "is not of this program")
+    assert not filecmp.dircmp(TINY, tiny).diff_files
+
+
+@pytest.mark.parametrize(
+    "params, says",
+    [
+        ("[]", "expected a JSON object, found a list"),
+        ("{", "expected a JSON object"),
+        ("{}", "dim is missing"),
+        ("[" * 10**5, "expected a JSON object"),
+        (json.dumps(SMALL | {"dim": 10**6, "n_layers": 1000}), "GB of memory"),
+        (json.dumps(SMALL | {"vocab_size": 3}), "vocab_size is 3, expected"),
+        (json.dumps(SMALL | {"dim": -64}), "dim is -64"),
+        (json.dumps(SMALL | {"n_heads": 7}), "do not fit together"),
+        (json.dumps(SMALL | {"\u001b]0;x": 1}), r"\x1b]0;x is not supported"),
+        (json.dumps(SMALL | {"norm_eps": "x" * 10**6}), "norm_eps is 'xxx"),
+    ],
+)
+def test_params_that_make_no_sense_for_a_random_checkpoint(tmp_path, capsys, params, says):
+    (tmp_path / "p.json").write_text(params)
+    code = random_checkpoint.main([str(tmp_path / "p.json"), str(tmp_path / "new")])
+    one_line(capsys, code, says)
+    assert not (tmp_path / "new").exists()
+
+
+def test_training_takes_no_other_models_place(tmp_path, capsys):
+    pytest.importorskip("regex")
+    from weights import train_tiny
+
+    random_checkpoint.random_checkpoint(tmp_path / "other", SMALL)
+    before = (tmp_path / "other" / "params.json").read_bytes()
+    one_line(capsys, train_tiny.main(["--out", str(tmp_path / "other")]), "is of another model")
+    assert (tmp_path / "other" / "params.json").read_bytes() == before
+
+
+def test_a_trace_leaves_a_users_part_alone(script, tmp_path):
+    (tmp_path / "t.safetensors.part").write_text("mine")
+    flags = ("--max-new-tokens", 0, "--show", "none")
+    assert script("Hi", "--save-trace", tmp_path / "t.safetensors", *flags).returncode == 0
+    assert (tmp_path / "t.safetensors.part").read_text() == "mine"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "t.safetensors",
+        "t.safetensors.part",
+    ]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_told_to_end_while_a_file_is_written(tmp_path, number):
+    """In the middle of a write: nothing half-written is left, and what was there is as it was."""
+
+    def work():
+        with written_whole(tmp_path / "t") as part:
+            part.write_bytes(b"half")
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+
+    (tmp_path / "t").write_text("before")
+    assert run_program(work) == 128 + number
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+# ------------------------------------------------------------------------------------ paths
+
+
+@pytest.mark.parametrize(
+    "path, says",
+    [
+        ("~nobody-here/x", "not a path"),
+        ("gs:/x", "gs:/x: is a bucket meant? It has two slashes"),
+        ("x" * 5000, "File name too long"),
+        ("loop/a", "Too many levels of symbolic links"),
+        ("file/a", "Not a directory"),
+        ("none", "no such file"),
+        ("\x1b[2J", r"\x1b[2J: no such file"),
+        ("none\udcff", r"none\udcff: no such file"),
+    ],
+)
+def test_paths_that_lead_nowhere(script, tmp_path, capsys, monkeypatch, path, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("")
+    result = script("Hi", "--weights", path)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert result.stderr.startswith("error: ") and says in result.stderr, result.stderr
+    assert not CONTROL.search(result.stderr) and len(result.stderr) < 2500
+    for tool in (compare.main, lambda flags: random_checkpoint.main([*flags, "new"])):
+        code = tool([path])
+        one_line(capsys, code)
+    if path.startswith(("x", "loop", "file")):
+        result = script("Hi", "--save-trace", path)
+        assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: ")
+    with pytest.raises(ValueError):
+        local_path("a\0b")
+
+
+def test_a_link_in_a_circle_is_no_place_for_a_trace(script, tmp_path):
+    (tmp_path / "loop").symlink_to("loop")
+    result = script("Hi", "--save-trace", tmp_path / "loop")
+    assert result.returncode == 2 and "cannot be written" in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("temperature", ["1e-46", "1e-320", "1e-38", "5e-324"])
+def test_temperatures_too_small_to_divide_by(script, temperature):
+    cold, none = (
+        script("Once", "--max-new-tokens", 5, "--show", "none", "--temperature", x)
+        for x in (temperature, 0)
+    )
+    assert cold.returncode == 0 and cold.stdout == none.stdout

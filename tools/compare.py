@@ -15,10 +15,14 @@ Exit code: 0 if all agrees, 1 if something differs, 2 if the input is wrong.
 import itertools
 import json
 import math
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # quiet also while torch is imported
 import safetensors
 import torch
 
