@@ -26,7 +26,7 @@ from torch import Tensor
 
 import llama3_from_scratch as llama
 from llama3_from_scratch import Params, Weights
-from parts import eager, first_line, processes
+from parts import eager, first_line, printable, processes
 from parts.remote import local_copy
 
 Convert = Callable[[str, Tensor], Tensor]  # what another layout does to a tensor of this name
@@ -520,7 +520,7 @@ def open_rasbt(path: Path) -> Opened:
             "rope_scaling_factor": 32,
             "rope_scaling_from": "LLMs-from-scratch has Llama 3.2",
         }
-    except (KeyError, ValueError, ZeroDivisionError):
+    except (LookupError, TypeError, ValueError, ZeroDivisionError):
         raise ValueError(
             f"{path}: not one of the Llama 3.2 files of LLMs-from-scratch: a tensor is missing or misshapen"
         ) from None
@@ -607,7 +607,11 @@ def checked_pth(path: Path) -> Weights:
             warnings.simplefilter(
                 "ignore"
             )  # an error is one line, and torch has more to say of odd files
-            return llama.open_pth(path)
+            shard = llama.open_pth(path)
+        for name, w in shard.items():
+            if w.is_nested:
+                raise ValueError(f"{path}: expected a dict of tensors, but {name} is a nested one")
+        return shard
     except ValueError as problem:
         said = str(problem).removeprefix(f"{path}: ")
     said = re.sub(r"not a PyTorch checkpoint, or cut short \((.*)\)", r"\1", said, flags=re.S)
@@ -787,8 +791,9 @@ def load_model(
         weights = llama.load_weights(shards, params, device, dtype, join)
     eager.keep_freed_memory()
     if not quiet:
+        where, words = printable(path), printable(words)  # of file names
         print(
-            f"{path}: {words}, {n_layers or of} of {of} layers, {count / 1e6:,.1f} M parameters, "
+            f"{where}: {words}, {n_layers or of} of {of} layers, {count / 1e6:,.1f} M parameters, "
             f"{str(dtype).removeprefix('torch.')}, head {'' if tied else 'not '}tied, "
             f"{count * dtype.itemsize / 1e9:.3g} GB on {device}, {time.perf_counter() - started:.1f} s",
             file=sys.stderr,

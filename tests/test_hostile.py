@@ -5,9 +5,12 @@ import json
 import math
 import os
 import resource
+import shlex
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 import time
 
 import pytest
@@ -344,3 +347,123 @@ def test_temperatures_too_small_to_divide_by(script, temperature):
         for x in (temperature, 0)
     )
     assert cold.returncode == 0 and cold.stdout == none.stdout
+
+
+# ------------------------------------------------------------------------------------ .pth files
+
+
+def endless():
+    """A tuple that holds itself twice, forty times over: to print it would take for ever."""
+    knot = ()
+    for _ in range(40):
+        knot = (knot, knot)
+    return knot
+
+
+W = torch.ones(3, 3)
+ODD_PTH = {
+    "a bare tensor": (W, "holds a Tensor without names"),
+    "a list": ([W], "holds a list without names"),
+    "numbers for keys": ({1: W}, "holds a dict without names"),
+    "bytes for keys": ({b"norm.weight": W}, "holds a dict without names"),
+    "a tuple for a key": ({((1, 2), ((3,),)): W}, "holds a dict without names"),
+    "an endless value": ({"norm.weight": endless()}, "norm.weight holds a tuple"),
+    "an endless file": (endless(), "holds a tuple"),
+    "a deep value": ({"norm.weight": [[[[1]]]]}, "norm.weight holds a list"),
+    "a name of a megabyte": ({"n" * 10**6: W}, ""),
+    "an escape in a name": ({"\x1b]0;x\x07": W}, ""),
+    "a nested tensor": ({"norm.weight": torch.nested.nested_tensor([W, W])}, ""),
+    "scalars": ({"tok_embeddings.weight": torch.tensor(1.0)}, ""),
+}
+
+
+@pytest.mark.parametrize("name", ["consolidated.00.pth", "llama3.2-1B-instruct.pth"])
+@pytest.mark.parametrize("what", ODD_PTH)
+def test_odd_pth_files(checkpoint, script, name, what, monkeypatch):
+    held, says = ODD_PTH[what]
+    folder = checkpoint()
+    if " in a name" in what or "a name of" in what:  # beside what has to be there
+        held = torch.load(folder / "consolidated.00.pth") | held
+    (folder / "consolidated.00.pth").unlink()
+    torch.save(held, folder / name)
+    result = script("Hi", "--weights", folder)
+    errors = result.stderr.splitlines()
+    assert (result.returncode, result.stdout) == (2, "") and errors[-1].startswith("error: ")
+    assert len(errors[-1]) < 2500 and not CONTROL.search(errors[-1]) and says in errors[-1]
+    if name.startswith("consolidated"):
+        assert "nnn […] nnn" in errors[-1] or r"\x1b]0;x\x07" in errors[-1] or "name" not in what
+        monkeypatch.setattr(llama, "PARTS", False)
+        alone = script("Hi", "--weights", folder)
+        assert (alone.returncode, alone.stdout) == (2, "") and "\x1b" not in alone.stderr
+        assert len(alone.stderr) < 2500
+
+
+def test_scalars_in_rasbts_layout(checkpoint, script):
+    folder = checkpoint()
+    (folder / "consolidated.00.pth").unlink()
+    ones = torch.tensor(1.0)
+    names = ("att.W_key", "att.W_query", "ff.fc1")
+    held = {"tok_emb.weight": torch.ones(512, 64)}
+    held |= {f"trf_blocks.0.{name}.weight": ones for name in names}
+    torch.save(held, folder / "llama3.2-1B.pth")
+    result = script("Hi", "--weights", folder)
+    assert result.returncode == 2 and "a tensor is missing or misshapen" in result.stderr
+
+
+# ------------------------------------------------------------------------------------ the last flush
+
+TOOLS = {
+    "script": ["llama3_from_scratch.py", "Hi", "--max-new-tokens", "3", "--show", "none"],
+    "help": ["llama3_from_scratch.py", "--help"],
+    "scale": ["tools/scale.py"],
+    "list": ["weights/download.py", "--list"],
+    "random": ["tools/random_checkpoint.py", "--help"],
+    "bench": ["tools/bench.py", "--help"],
+    "build": ["walkthrough/build.py", "--help"],
+}
+
+
+def shell(command, **options):
+    return subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, cwd=ROOT, timeout=100, **options
+    )
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+@pytest.mark.parametrize("tool", ["script", "help", "scale", "list", "compare"])
+def test_a_full_disk(trace, tmp_path, tool):
+    command = TOOLS.get(tool)
+    if tool == "compare":
+        save_file(trace, tmp_path / "t.safetensors")
+        command = ["tools/compare.py", str(tmp_path / "t.safetensors")]
+    run = shell(shlex.join([sys.executable, *command]) + " > /dev/full")
+    last = run.stderr.splitlines()[-1]
+    assert run.returncode == 2 and "Traceback" not in run.stderr and "Exception" not in run.stderr
+    assert last == "error: standard output cannot be written (No space left on device)"
+
+
+@pytest.mark.parametrize("tool", ["help", "scale", "random"])
+def test_a_reader_that_has_gone(tool):
+    run = shell(shlex.join([sys.executable, *TOOLS[tool]]) + " | true; exit ${PIPESTATUS[0]}")
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("tool", ["script", "scale", "bench"])
+def test_ctrl_c_at_any_moment(tool):
+    """Whenever it comes: no words of Python's own."""
+    for after in (0.7, 2.2):
+        command = [sys.executable, *TOOLS[tool]]
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        time.sleep(after)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode in (0, 130) and "Traceback" not in err and "rror" not in err, err
+
+
+def test_without_docstrings_and_asserts(tmp_path):
+    """python -OO leaves both out."""
+    for tool in ("script", "help"):
+        run = shell(shlex.join([sys.executable, "-OO", *TOOLS[tool]]))
+        assert run.returncode == 0 and "rror" not in run.stderr and run.stdout
