@@ -389,7 +389,7 @@ def test_the_default_folder_is_one_that_git_ignores():
     assert len(ignored.stdout.split()) == len(download.MODELS)
 
 
-# ------------------------------------------------------------------------------------ nonsense, damage, two at once
+# ------------------------------------------------------------------------ nonsense, damage, two at once
 
 
 @pytest.fixture
