@@ -49,6 +49,11 @@ def written_whole(target: Path) -> Iterator[Path]:
         yield part
         part.chmod(mode)
         part.replace(target)
+    except OSError as problem:
+        problem.filename = problem.filename or str(
+            target
+        )  # which file was it? A write does not say
+        raise
     finally:
         part.unlink(missing_ok=True)
         UNFINISHED.discard(part)

@@ -3,6 +3,7 @@
 import argparse
 import bdb
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -11,6 +12,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from parts import first_line, printable
+
+# What a print raises. An error of a file of ours has a file's name (written_whole sees to it).
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 
 
 def flags_of(**options: Any) -> argparse.ArgumentParser:
@@ -21,7 +25,11 @@ def flags_of(**options: Any) -> argparse.ArgumentParser:
     def wrong(message: str) -> NoReturn:
         raise ValueError(f"{message} (--help shows what there is)")
 
+    def show_help(file: Any = None) -> None:
+        print(parser.format_help(), end="", file=file, flush=True)  # argparse's hides a full disk
+
     parser.error = wrong  # type: ignore
+    parser.print_help = show_help  # type: ignore
     return parser
 
 
@@ -122,7 +130,8 @@ def ended(work: Callable[[], int | None], stopped: str) -> int:
         line = str(problem) or "out of memory"
         if not isinstance(problem, ValueError):
             line = first_line(problem)  # PyTorch's go on for long
-        if isinstance(problem, OSError) and (lost := flushed(sys.stdout)):
-            line = f"standard output cannot be written ({lost.strerror})"
+        if isinstance(problem, OSError) and problem.filename is None and problem.errno in NO_ROOM:
+            line = f"standard output cannot be written ({problem.strerror})"
+            flushed(sys.stdout)
         say_error(line)
     return 2

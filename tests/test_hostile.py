@@ -417,9 +417,7 @@ TOOLS = {
     "help": ["llama3_from_scratch.py", "--help"],
     "scale": ["tools/scale.py"],
     "list": ["weights/download.py", "--list"],
-    "random": ["tools/random_checkpoint.py", "--help"],
     "bench": ["tools/bench.py", "--help"],
-    "build": ["walkthrough/build.py", "--help"],
 }
 
 
@@ -430,7 +428,7 @@ def shell(command, **options):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-@pytest.mark.parametrize("tool", ["script", "help", "scale", "list", "compare"])
+@pytest.mark.parametrize("tool", ["script", "help", "list", "compare"])
 def test_a_full_disk(trace, tmp_path, tool):
     command = TOOLS.get(tool)
     if tool == "compare":
@@ -442,13 +440,13 @@ def test_a_full_disk(trace, tmp_path, tool):
     assert last == "error: standard output cannot be written (No space left on device)"
 
 
-@pytest.mark.parametrize("tool", ["help", "scale", "random"])
+@pytest.mark.parametrize("tool", ["help", "list"])
 def test_a_reader_that_has_gone(tool):
     run = shell(shlex.join([sys.executable, *TOOLS[tool]]) + " | true; exit ${PIPESTATUS[0]}")
     assert (run.returncode, run.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("tool", ["script", "scale", "bench"])
+@pytest.mark.parametrize("tool", ["script", "bench"])
 def test_ctrl_c_at_any_moment(tool):
     """Whenever it comes: no words of Python's own."""
     for after in (0.7, 2.2):
@@ -462,8 +460,7 @@ def test_ctrl_c_at_any_moment(tool):
         assert process.returncode in (0, 130) and "Traceback" not in err and "rror" not in err, err
 
 
-def test_without_docstrings_and_asserts(tmp_path):
+def test_without_docstrings_and_asserts():
     """python -OO leaves both out."""
-    for tool in ("script", "help"):
-        run = shell(shlex.join([sys.executable, "-OO", *TOOLS[tool]]))
-        assert run.returncode == 0 and "rror" not in run.stderr and run.stdout
+    run = shell(shlex.join([sys.executable, "-OO", *TOOLS["script"]]))
+    assert run.returncode == 0 and "rror" not in run.stderr and run.stdout
