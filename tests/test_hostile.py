@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -361,6 +362,9 @@ def endless():
 
 
 W = torch.ones(3, 3)
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # they are a prototype
+    NESTED = torch.nested.nested_tensor([W, W])
 ODD_PTH = {
     "a bare tensor": (W, "holds a Tensor without names"),
     "a list": ([W], "holds a list without names"),
@@ -372,7 +376,7 @@ ODD_PTH = {
     "a deep value": ({"norm.weight": [[[[1]]]]}, "norm.weight holds a list"),
     "a name of a megabyte": ({"n" * 10**6: W}, ""),
     "an escape in a name": ({"\x1b]0;x\x07": W}, ""),
-    "a nested tensor": ({"norm.weight": torch.nested.nested_tensor([W, W])}, ""),
+    "a nested tensor": ({"norm.weight": NESTED}, ""),
     "scalars": ({"tok_embeddings.weight": torch.tensor(1.0)}, ""),
 }
 
