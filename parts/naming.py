@@ -111,10 +111,11 @@ def unwrapped(held: object, path: Path) -> Weights:
             raise ValueError(f"{wrong} {holders[0]} and {holders[1]} are both dicts; keep one")
         held = held[holders[0]]
     if not isinstance(held, dict):
-        raise ValueError(f"{wrong} the file holds a {type(held).__name__}")
+        raise ValueError(f"{wrong} the file holds a {type(held).__name__} without names")
     for name, w in held.items():
         if not isinstance(name, str):
-            raise ValueError(f"{wrong} one of its names is a {type(name).__name__}, not a text")
+            kind = type(name).__name__
+            raise ValueError(f"{wrong} one of its names is of the type {kind}, not a text")
         if not isinstance(w, Tensor):
             raise ValueError(f"{wrong} {name} holds a {type(w).__name__}")
     return held

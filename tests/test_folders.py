@@ -283,7 +283,7 @@ def test_dicts_that_are_not_understood(folder):
     torch.save(endless, folder / "pytorch_model.bin")
     assert "holds a dict" in error_of(folder)
     torch.save({1: torch.ones(2)}, folder / "pytorch_model.bin")
-    assert "one of its names is a int" in error_of(folder)
+    assert "one of its names is of the type int" in error_of(folder)
     torch.save({}, folder / "pytorch_model.bin")
     assert "no tensor has a name of a Llama's; it holds nothing" in error_of(folder)
 

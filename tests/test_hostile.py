@@ -20,7 +20,7 @@ from conftest import ROOT, SMALL, some_tokens, traced
 from safetensors.torch import save_file
 
 import llama3_from_scratch as llama
-from parts import CONTROL, for_screen, printable
+from parts import CONTROL, for_screen, naming, printable
 from parts.files import local_path, written_whole
 from parts.programs import run_program
 from tools import compare, random_checkpoint
@@ -368,9 +368,9 @@ with warnings.catch_warnings():
 ODD_PTH = {
     "a bare tensor": (W, "holds a Tensor without names"),
     "a list": ([W], "holds a list without names"),
-    "numbers for keys": ({1: W}, "holds a dict without names"),
-    "bytes for keys": ({b"norm.weight": W}, "holds a dict without names"),
-    "a tuple for a key": ({((1, 2), ((3,),)): W}, "holds a dict without names"),
+    "numbers for keys": ({1: W}, "names is of the type int"),
+    "bytes for keys": ({b"norm.weight": W}, "names is of the type bytes"),
+    "a tuple for a key": ({((1, 2), ((3,),)): W}, "names is of the type tuple"),
     "an endless value": ({"norm.weight": endless()}, "norm.weight holds a tuple"),
     "an endless file": (endless(), "holds a tuple"),
     "a deep value": ({"norm.weight": [[[[1]]]]}, "norm.weight holds a list"),
@@ -411,7 +411,26 @@ def test_scalars_in_rasbts_layout(checkpoint, script):
     held |= {f"trf_blocks.0.{name}.weight": ones for name in names}
     torch.save(held, folder / "llama3.2-1B.pth")
     result = script("Hi", "--weights", folder)
+    assert result.returncode == 2 and "attention_norm.weight: expected shape (64,)" in result.stderr
+    (folder / "params.json").unlink()  # then the tensors have to tell the sizes
+    result = script("Hi", "--weights", folder)
     assert result.returncode == 2 and "a tensor is missing or misshapen" in result.stderr
+
+
+def test_a_scalar_among_whole_tensors(checkpoint, script):
+    """Its rows would be brought into another order before anybody multiplies with it."""
+    folder = checkpoint()
+    table = {metas: theirs for metas, _, theirs in naming.NAMES}
+    held = {}
+    for name, w in torch.load(folder / "consolidated.00.pth").items():
+        pattern, layer = naming.split_name(name)
+        held[f"{table[pattern].format(layer)}.weight"] = w
+    (folder / "consolidated.00.pth").unlink()
+    held["trf_blocks.0.att.W_query.weight"] = torch.tensor(1.0)
+    torch.save(held, folder / "llama3.2-1B.pth")
+    result = script("Hi", "--weights", folder)
+    said = "layers.0.attention.wq.weight: expected shape (64, 64) for 1 of 1 shards, found ()"
+    assert result.returncode == 2 and said in result.stderr
 
 
 # ------------------------------------------------------------------------------------ the last flush
