@@ -14,6 +14,7 @@ from typing import Any
 import filelock
 
 from parts import printable
+from parts.programs import NO_ROOM
 
 UNFINISHED: set[Path] = set()  # what a process that ends at once (os._exit) has to take along
 
@@ -50,9 +51,8 @@ def written_whole(target: Path) -> Iterator[Path]:
         part.chmod(mode)
         part.replace(target)
     except OSError as problem:
-        problem.filename = problem.filename or str(
-            target
-        )  # which file was it? A write does not say
+        if problem.errno in NO_ROOM:  # which file was it? A write does not say
+            problem.filename = problem.filename or str(target)
         raise
     finally:
         part.unlink(missing_ok=True)
