@@ -238,10 +238,12 @@ def test_the_file_that_is_named_is_the_one_that_is_read(model, tmp_path, script)
     write_checkpoint(tmp_path / "both", SMALL, weights)
     assert "Hugging Face layout" in reported(tmp_path / "both" / "model.safetensors")
     assert "Meta layout" in reported(tmp_path / "both" / "consolidated.00.pth")
-    (tmp_path / "both" / "model-Q4.gguf").write_bytes(b"x")
-    assert "not a file of a checkpoint that can be read" in error_of(
-        script, tmp_path / "both" / "model-Q4.gguf"
-    )
+    for name, says in {
+        "model.h5": "not a file of a checkpoint that can be read",
+        "model-Q4.gguf": "expected a GGUF file, found one that is damaged",
+    }.items():
+        (tmp_path / "both" / name).write_bytes(b"x")
+        assert says in error_of(script, tmp_path / "both" / name)
     result = script("Hi", "--weights", "~nobody-has-this-name/x")
     assert result.returncode == 2 and result.stderr.startswith("error: ~nobody-has-this-name/x: ")
 
