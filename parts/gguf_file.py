@@ -259,6 +259,7 @@ def bytes_of_row(gguf: Any, name: str, entry: Entry) -> int:
 
 
 def _kind(gguf: Any, kind: int) -> Any:
+    """The library's name for a type of numbers; None if it knows none."""
     try:
         return gguf.GGMLQuantizationType(kind)
     except ValueError:
