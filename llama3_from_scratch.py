@@ -358,12 +358,11 @@ def make_cache(weights: Weights, params: Params, B: int, S: int = 0) -> Cache:
     return [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(params["n_layers"])]
 
 
-def grow(cache: Cache, S: int) -> None:
-    """Makes room for at least S positions: zeros behind what is there. This copies the cache."""
+def fit(cache: Cache, S: int) -> None:
+    """Makes room for exactly S positions: zeros behind what is there, or a cut. This copies it."""
     for i, (keys, values) in enumerate(cache):
         more = S - keys.shape[2]
-        if more > 0:
-            cache[i] = pad(keys, (0, 0, 0, more)), pad(values, (0, 0, 0, more))
+        cache[i] = pad(keys, (0, 0, 0, more)), pad(values, (0, 0, 0, more))
 
 
 def chunk_size(seen: int, params: Params, on_cpu: bool) -> int:
@@ -380,24 +379,26 @@ def prefill(
     cache: Cache,
     start: int = 0,
     lengths: Tensor | None = None,
+    read: Forward = forward,
+    chunk: int = 0,  # tokens at once; 0: as chunk_size says
     watched: Forward | None = None,
 ) -> Tensor:
     """Reads tokens (B T) into the cache, from position start on: logits (B 1 V) of each row's last.
 
-    lengths (B): how many of a row's tokens count. watched stands for forward in the last chunk.
+    lengths (B): how many of a row's tokens count. read, or watched in the last chunk: as forward.
     """
     B, T = tokens.shape
     ends = torch.full((B,), T, device=tokens.device) if lengths is None else lengths
-    grow(cache, start + T)  # now: forward gets views of it, and writes through them
     logits = torch.zeros(())
     a = 0
     while a < T:
-        b = min(T, a + max(1, chunk_size(start + a, params, tokens.is_cpu) // B))
+        tokens_at_once = chunk or chunk_size(start + a, params, tokens.is_cpu)
+        b = min(T, a + max(1, tokens_at_once // B))
+        fit(cache, start + b)
         positions = torch.arange(start + a, start + b, device=tokens.device)[None]
-        views = [(keys[:, :, : start + b], values[:, :, : start + b]) for keys, values in cache]
         last = (ends - 1 - a).clamp(0, b - a - 1)
-        run = watched if watched and b == T else forward
-        chunk_logits = run(tokens[:, a:b], weights, params, views, positions, last)
+        run = watched if watched and b == T else read
+        chunk_logits = run(tokens[:, a:b], weights, params, cache, positions, last)
         logits = torch.where(ends[:, None, None] > a, chunk_logits, logits)  # of rows not yet ended
         a = b
     return logits
@@ -448,8 +449,8 @@ def generate(
     for S in range(int(positions.max()) + 1, params["max_seq_len"] + 1):
         tokens = choose(logits[:, -1])
         yield tokens
-        if S > cache[0][0].shape[2]:  # some to spare: growing copies the cache
-            grow(cache, min(S + (127 if tokens.is_cpu else 511), params["max_seq_len"]))
+        if S > cache[0][0].shape[2]:  # some to spare: this copies the cache
+            fit(cache, min(S + (127 if tokens.is_cpu else 511), params["max_seq_len"]))
         logits = step(tokens[:, None], weights, params, cache, positions[:, None], last)
         positions = positions + 1
 

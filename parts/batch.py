@@ -34,6 +34,7 @@ def answer_all(
     args: argparse.Namespace,
     choose: Callable[[Tensor], Tensor],
     step: llama.Forward,
+    prefill: Callable[..., Tensor],
 ) -> None:
     """Goes on from many prompts, MOST_ROWS at a time: one JSON line each on stdout, in their order."""
     _, params, tokenizer = model
@@ -41,7 +42,7 @@ def answer_all(
     stops = llama.stop_ids(tokenizer)
     for a in range(0, len(rows), MOST_ROWS):
         batch = rows[a : a + MOST_ROWS]
-        written = go_on_together(batch, model, args.max_new_tokens, choose, step)
+        written = go_on_together(batch, model, args.max_new_tokens, choose, step, prefill)
         for prompt, ids, new in zip(prompts[a:], batch, written):
             reason = "length"
             if new and new[-1] in stops:
@@ -59,6 +60,7 @@ def go_on_together(
     max_new_tokens: int,
     choose: Callable[[Tensor], Tensor],
     step: llama.Forward,
+    prefill: Callable[..., Tensor],
 ) -> list[list[int]]:
     """The new ids of each row of ids, up to its stop token, the context's end or max_new_tokens."""
     weights, params, tokenizer = model
@@ -68,7 +70,7 @@ def go_on_together(
     width = int(positions.max())
     tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids in rows], device=device)
     cache = llama.make_cache(weights, params, len(rows))
-    logits = llama.prefill(tokens, weights, params, cache, lengths=positions)
+    logits = prefill(tokens, weights, params, cache, lengths=positions)
 
     new: list[list[int]] = [[] for _ in rows]
     going = [n for n, ids in enumerate(rows) if max_new_tokens and len(ids) < params["max_seq_len"]]
@@ -86,7 +88,8 @@ def go_on_together(
             going = [going[n] for n in stay]
             chosen, positions, cache = chosen[stay], positions[stay], rows_of(cache, stay)
         if going:
-            logits = advance(chosen, weights, params, cache, positions, step)
+            S = max(len(rows[row]) + len(new[row]) for row in going)
+            logits = advance(chosen, weights, params, cache, positions, S, step)
             positions = positions + 1
     return new
 
@@ -97,13 +100,13 @@ def advance(
     params: llama.Params,
     cache: llama.Cache,
     positions: Tensor,
+    S: int,
     step: llama.Forward,
 ) -> Tensor:
-    """Logits (B 1 V) after one more token a row, tokens (B) at positions (B): a turn of generate."""
-    S = int(positions.max()) + 1
+    """Logits (B 1 V) after one more token a row, tokens (B) at positions (B) below S: a turn of generate."""
     if S > cache[0][0].shape[2]:
         spare = 127 if tokens.is_cpu else 511  # growing copies the cache: not at each token
-        llama.grow(cache, min(S + spare, params["max_seq_len"]))
+        llama.fit(cache, min(S + spare, params["max_seq_len"]))
     last = torch.zeros_like(positions)
     return step(tokens[:, None], weights, params, cache, positions[:, None], last)
 
