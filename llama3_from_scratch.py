@@ -170,20 +170,21 @@ def make_tokenizer(ranks: dict[bytes, int], source: object) -> tiktoken.Encoding
     """A tiktoken Encoding: these ranks, then the special tokens (Meta's llama3/tokenizer.py)."""
     every_byte = {bytes([b]) for b in range(256)}
     if {*ranks.values()} != {*range(len(ranks))} or not ranks.keys() >= every_byte:
-        wrong = f"{len(ranks)} tokens, but not one for each byte or not one for each rank"
-        raise ValueError(f"{source}: {wrong}")
+        raise ValueError(f"{source}: not one for each byte or not one for each rank ({len(ranks)})")
     names = (
         "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 "
         "finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id python_tag image"
     ).split()
     names += [f"reserved_special_token_{n}" for n in range(2, 246)]
-    return tiktoken.Encoding(
+    tokenizer = tiktoken.Encoding(
         name=str(source),
         mergeable_ranks=ranks,
         special_tokens={f"<|{name}|>": len(ranks) + n for n, name in enumerate(names)},
         pat_str=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     )
+    vars(tokenizer).update(begin=[len(ranks)], end=[], stops=[len(ranks) + n for n in (1, 8, 9)])
+    return tokenizer
 
 
 def load_tokenizer(path: str | Path) -> tiktoken.Encoding:
@@ -216,8 +217,8 @@ def special(tokenizer: tiktoken.Encoding, name: str) -> int:
 
 
 def stop_ids(tokenizer: tiktoken.Encoding) -> list[int]:
-    """The tokens that end a text."""
-    return [special(tokenizer, name) for name in ("end_of_text", "eot_id", "eom_id")]
+    """The tokens that end a text: end_of_text, eom_id and eot_id are Llama 3's own."""
+    return vars(tokenizer)["stops"]
 
 
 # ---------------------------------------------------------------------------- the heart: the model
@@ -447,7 +448,7 @@ def generate(
     step = step or forward
     last = torch.zeros_like(positions)
     for S in range(int(positions.max()) + 1, params["max_seq_len"] + 1):
-        tokens = choose(logits[:, -1])
+        tokens = choose(logits[:, -1, : params.get("n_tokens")])  # rows to spare are no tokens
         yield tokens
         if S > cache[0][0].shape[2]:  # some to spare: this copies the cache
             fit(cache, min(S + (127 if tokens.is_cpu else 511), params["max_seq_len"]))
@@ -509,7 +510,7 @@ def load_model(
     params = fill_params(given, sizes)
     factor = options.get("rope_scaling_factor") or params["rope_scaling_factor"]
     params["rope_scaling_factor"] = factor = factor * params["use_scaled_rope"]  # 0: not scaled
-    count = max(1, len(list(folder.glob("consolidated.*.pth"))))
+    count = max(1, len(list(folder.glob("consolidated.??.pth"))))
     names = [f"consolidated.{n:02}.pth" for n in range(count)]
     shards = {name: open_pth(folder / name) for name in names}
     tokenizer = load_tokenizer(folder / "tokenizer.model")
@@ -548,7 +549,7 @@ def stream(
     tensors, params, tokenizer = weights
     device = tensors["norm.weight"].device
     if isinstance(prompt, str):
-        prompt = [special(tokenizer, "begin_of_text"), *encode(tokenizer, prompt)]
+        prompt = [*vars(tokenizer)["begin"], *encode(tokenizer, prompt), *vars(tokenizer)["end"]]
     if not 0 < len(prompt) <= params["max_seq_len"]:
         raise ValueError(f"prompt of {len(prompt)} tokens, not 1 to {params['max_seq_len']}")
     watched = functools.partial(forward, probe=options.pop("probe", lambda name, dims, x: x))
@@ -574,10 +575,9 @@ def main(argv: list[str] | None = None) -> int:
         from parts import commandline
 
         return commandline.main(argv)
-    flags = {"--weights": str, "--max-new-tokens": int, "--temperature": float, "--top-k": int}
-    flags |= {"--top-p": float, "--seed": int, "--rope-scaling-factor": float}
+    flags = {"prompt": str, "--weights": str, "--max-new-tokens": int, "--temperature": float}
+    flags |= {"--top-k": int, "--top-p": float, "--seed": int, "--rope-scaling-factor": float}
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
-    parser.add_argument("prompt")
     for flag, kind in flags.items():
         parser.add_argument(flag, type=kind)
     args = vars(parser.parse_args(argv))

@@ -1,8 +1,10 @@
 """What llama3_from_scratch.py takes in when a flag or a file asks for it; it runs without, on Meta's layout.
 
 commandline: the flags · chat: the chat format · conversation: typed prompts · batch: many prompts ·
-layouts: other people's checkpoints · inside: breakpoints, traces, probes · eager, compiled: how a machine is
-made fast · parallel: several processes, one model. Arrows go one way: these import the script.
+layouts: other people's checkpoints · naming, config, archives, gguf_file: their names and files ·
+vocabulary: their tokenizers · template_worker: their chat templates · inside: breakpoints, traces, probes ·
+eager, compiled: how a machine is made fast · parallel: several processes, one model. Arrows go one way: these
+import the script.
 """
 
 import torch

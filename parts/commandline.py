@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import llama3_from_scratch as llama
-from parts import batch, conversation, first_line, printable
+from parts import batch, conversation, first_line, printable, vocabulary
 from parts.chat import prompt_ids
 from parts.eager import one_token_step
 from parts.inside import check_finite
@@ -55,7 +55,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--weights",
         metavar="DIR",
         default=str(llama.TINY),
-        help="a checkpoint: Meta's, Hugging Face's or rasbt's, a folder or gs://… (default: weights/tiny)",
+        help="a checkpoint: Meta's, Hugging Face's, rasbt's or GGUF, a folder or gs://…, or a name of\n"
+        "weights/download.py, such as smollm2-135m-instruct (default: weights/tiny)",
     )
     add(
         "--cache-dir",
@@ -67,7 +68,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--force", action="store_true", help="load the model even if memory looks too small for it")
     add(
-        "--chat", action="store_true", help="put the prompt as a question, in Llama 3's chat format"
+        "--chat",
+        action="store_true",
+        help="put the prompt as a question, by the model's template or in Llama 3's format",
     )
     add(
         "--prompts",
@@ -180,7 +183,8 @@ def show_prompt(ids: list[int], cached: int, tokenizer: Any) -> None:
 
 def show_next(logits: Tensor, tokenizer: Any) -> None:
     """The likeliest next tokens, from logits (1 1 V), on stderr."""
-    probs, ids = logits[0, -1].softmax(-1).topk(min(5, logits.shape[-1]))
+    logits = vocabulary.of_tokens(logits[:, -1], tokenizer)
+    probs, ids = logits[0].softmax(-1).topk(min(5, logits.shape[-1]))
     likely = [f"{tokenizer.decode([n])!r} {p:.1%}" for n, p in zip(ids.tolist(), probs.tolist())]
     print("next:", "  ".join(likely), file=sys.stderr)
 
@@ -214,7 +218,7 @@ def answer(
         show_next(logits, tokenizer)
 
     if not args.chat and sys.stdout.isatty() and sys.stderr.isatty():
-        prompt = tokenizer.decode(ids[1:])
+        prompt = tokenizer.decode(ids[len(vars(tokenizer)["begin"]) :])
         print(prompt, end="", file=sys.stderr, flush=True)  # so that the text reads as one
     at = torch.tensor([len(ids)], device=args.device)
     steps = itertools.islice(go_on(logits, weights, params, cache, at), args.max_new_tokens)
@@ -285,6 +289,7 @@ def run(args: argparse.Namespace) -> None:
 
     def choose(logits: Tensor) -> Tensor:
         check_finite(logits, weights)
+        logits = vocabulary.of_tokens(logits, tokenizer)
         return llama.sample(logits, args.temperature, args.top_k, args.top_p, generator)
 
     step: llama.Forward = one_token_step

@@ -1,14 +1,16 @@
 """Prompts typed at a terminal, one after another; with --chat a conversation, which goes on in its cache."""
 
 import argparse
+import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator
 
 import tiktoken
 
 import llama3_from_scratch as llama
-from parts import processes
-from parts.chat import prompt_ids
+from parts import printable, processes
+from parts.chat import Messages, prompt_ids
 
 
 def typed_prompts() -> Iterator[str]:
@@ -31,11 +33,19 @@ def turn_ids(
     tokenizer: tiktoken.Encoding,
     args: argparse.Namespace,
     context: float,
+    history: Messages = (),
 ) -> list[int]:
     """prompt_ids behind all that was said; an answer that was cut short is closed first."""
-    if said and said[-1] not in llama.stop_ids(tokenizer):
+    template = getattr(tokenizer, "template", None)  # which closes it itself
+    if said and template is None and said[-1] not in llama.stop_ids(tokenizer):
         said = [*said, llama.special(tokenizer, "eot_id")]
-    return prompt_ids(prompt, tokenizer, context, args.chat, args.system, said)
+    return prompt_ids(prompt, tokenizer, context, args.chat, args.system, said, history)
+
+
+def alike(a: list[int], b: list[int]) -> int:
+    """How many ids are the same at the start of both?"""
+    pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b))
+    return sum(1 for _ in pairs)
 
 
 def converse(
@@ -46,21 +56,25 @@ def converse(
     if args.save_trace is not None:
         raise ValueError("--save-trace needs a prompt on the command line")
     cache = llama.make_cache(weights, params, 1)
+    context, stops = params["max_seq_len"], llama.stop_ids(tokenizer)
     said: list[int] = []
-    cached = 0
+    history: list[dict[str, str]] = []
     for prompt in typed_prompts():
         try:
-            ids = turn_ids(prompt, [], tokenizer, args, params["max_seq_len"])
-        except ValueError as problem:  # it would be too long alone
-            print(f"error: {problem}", file=sys.stderr)
+            alone = turn_ids(prompt, [], tokenizer, args, context)
+            ids = turn_ids(prompt, said, tokenizer, args, math.inf, history)
+        except ValueError as problem:  # it would be too long alone, or a template refuses it
+            print(f"error: {printable(str(problem))}", file=sys.stderr)
             continue
-        try:
-            ids = turn_ids(prompt, said, tokenizer, args, params["max_seq_len"])
-        except ValueError:
+        if len(ids) > context:
             print("[the context is full: the conversation begins anew]", file=sys.stderr)
-            cached = 0
+            ids, history = alone, []
+        # Of all that was said the last token has not been read yet; of the prompt one must be read.
+        cached = min(alike(said[:-1], ids), len(ids) - 1)
         new = answer(ids, cache, cached)
         args.show = "none"  # once is enough
         if args.chat:
             said = ids + new
-            cached = len(said) - 1  # the last token has not been read yet
+            text = tokenizer.decode(new[:-1] if new and new[-1] in stops else new)
+            history.append({"role": "user", "content": prompt})
+            history.append({"role": "assistant", "content": text})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import llama3_from_scratch as llama
-from parts import processes
+from parts import processes, vocabulary
 
 
 def check_finite(logits: Tensor, weights: llama.Weights) -> None:
@@ -21,7 +21,9 @@ def check_finite(logits: Tensor, weights: llama.Weights) -> None:
         return
     for name, w in weights.items():
         if not w.isfinite().all():
-            cause = "the file is damaged, or --dtype float16 too small for it"
+            cause = "the file is damaged"
+            if w.dtype == torch.float16 and not w.isnan().any():
+                cause = "it may be too large for float16: --dtype float32 or bfloat16 holds more"
             raise ValueError(f"{name} holds a number that is not finite; {cause}")
     raise ValueError("the logits are not finite, though the weights are; --dtype float32 may help")
 
@@ -220,7 +222,7 @@ def save_trace(path: str, tokens: Tensor, model: llama.Model, about: dict[str, s
     shown = torch.cat([trace["tokens"].flatten(), trace["lens.ids"].flatten()])
     texts = {}
     for n in shown.unique().tolist():
-        texts[n] = tokenizer.decode_single_token_bytes(n).decode("utf-8", "backslashreplace")
+        texts[n] = vocabulary.piece(tokenizer, n).decode("utf-8", "backslashreplace")
     about = about | {"params": json.dumps(whole), "dtype": dtype, "texts": json.dumps(texts)}
     save_tensors(path, trace, about)
     viewer = Path(__file__).resolve().parents[1] / "tools" / "viewer.html"

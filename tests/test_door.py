@@ -17,7 +17,7 @@ from references import hugging_face_model, metas_reference, to_halves
 from safetensors.torch import load_file, save_file
 
 import llama3_from_scratch as llama
-from parts import layouts
+from parts import layouts, naming, vocabulary
 from parts.chat import chat_message
 from tools.random_checkpoint import made_up_tokenizer, random_weights, write_checkpoint
 
@@ -118,7 +118,7 @@ def test_tokenizer_json_alone_agrees_with_the_tokenizers_library(tmp_path, real_
         str(real_tokenizer_path), pattern=pattern, extra_special_tokens=special
     ).converted()
     theirs.save(str(tmp_path / "tokenizer.json"))
-    ours = layouts.hugging_face_tokenizer(tmp_path)
+    ours = vocabulary.open_folder(tmp_path)
     real = llama.load_tokenizer(real_tokenizer_path)
     assert ours._mergeable_ranks == real._mergeable_ranks and ours.n_vocab == 128256
     for text in TEXTS:
@@ -163,7 +163,7 @@ def rasbt_model(weights, params):
         }
     )
     heads = {"wq.weight": params["n_heads"], "wk.weight": params["n_kv_heads"]}
-    table = {metas: rasbts for metas, _, rasbts in layouts.NAMES}
+    table = {metas: rasbts for metas, _, rasbts in naming.NAMES}
     state = {}
     for name, w in weights.items():
         layer = re.search(r"\.(\d+)\.", name)
@@ -186,6 +186,7 @@ def test_rasbts_own_classes(model, tmp_path):
     file = tmp_path / "llama3.2-1B-base.pth"
     torch.save(theirs.state_dict(), file)
     (tmp_path / "tokenizer.model").write_text(made_up_tokenizer(256))
+    full_params(tmp_path, n_heads=16, n_kv_heads=8, dim=128, rope_scaling_factor=32)
     tokens = some_tokens(params)
     for path in (tmp_path, file):
         ours, read, _ = llama.load_model(path)
@@ -240,20 +241,13 @@ def test_the_file_that_is_named_is_the_one_that_is_read(model, tmp_path, script)
     assert result.returncode == 2 and result.stderr.startswith("error: ~nobody-has-this-name/x: ")
 
 
-def test_metas_names_under_another_files_name_are_refused(checkpoint, script, model, tmp_path):
-    folder = checkpoint()
-    (folder / "consolidated.00.pth").rename(folder / "model.pth")
-    assert "is one of Meta's names" in error_of(script, folder / "model.pth")
+def test_metas_names_among_hugging_faces_are_refused(script, model, tmp_path):
     params, weights = model()
     save_pretrained(tmp_path / "hf", weights, params)
     save_file(
         {name: w.clone() for name, w in weights.items()}, tmp_path / "hf" / "model.safetensors"
     )
     assert "is one of Meta's names" in error_of(script, tmp_path / "hf")
-    (tmp_path / "hf" / "model-v2.safetensors").write_bytes(b"x")
-    assert "not a file of a checkpoint" in error_of(
-        script, tmp_path / "hf" / "model-v2.safetensors"
-    )
 
 
 def test_a_leftover_params_json_does_not_hide_the_other_layout(model, tmp_path):
@@ -314,6 +308,8 @@ def test_the_script_copied_out_alone_still_reads_metas_layout(checkpoint, tmp_pa
 @pytest.mark.parametrize(
     "changes, says",
     [
+        ({"dim": 4096, "n_layers": 32, "rope_theta": 1e6}, "no release's size (dim 4096)"),
+        ({"dim": 4096, "n_layers": 32, "vocab_size": 32768}, "no release's size (dim 4096)"),
         ({"dim": 2048, "n_layers": 16}, "Llama 3.2 1B, RoPE scaling 32 (Llama 3.2 1B, dim 2048)"),
         ({"dim": 3072, "n_layers": 28}, "Llama 3.2 3B, RoPE scaling 32"),
         ({"dim": 4096, "n_layers": 32}, "Llama 3.1 8B, RoPE scaling 8 (as in Meta's code)"),
@@ -321,13 +317,19 @@ def test_the_script_copied_out_alone_still_reads_metas_layout(checkpoint, tmp_pa
         ({"dim": 8192, "n_layers": 80}, "Llama 3.1 or 3.3 70B"),
         ({"dim": 16384, "n_layers": 126}, "Llama 3.1 405B"),
         (
-            {"dim": 4096, "n_layers": 32, "vocab_size": 32000, "use_scaled_rope": False},
+            {
+                "dim": 4096,
+                "n_layers": 32,
+                "vocab_size": 32000,
+                "use_scaled_rope": False,
+                "rope_theta": 10000.0,
+            },
             "Llama 2 7B",
         ),
     ],
 )
 def test_guesses_the_release(tmp_path, changes, says):
-    params = full_params(tmp_path, **changes)
+    params = full_params(tmp_path, **{"vocab_size": 128256} | changes)
     wk = torch.zeros(1).expand(2 * params["head_dim"], params["dim"])
     assert says in layouts.understood(params, {"x": {"layers.0.attention.wk.weight": wk}})
 
@@ -420,7 +422,7 @@ def test_llama_2_without_sentencepiece_says_so(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
     (tmp_path / "tokenizer.model").write_bytes(b"\n\x0e\n\x05<unk>\x15\x00\x00")
     with pytest.raises(ValueError, match="pip install sentencepiece"):
-        layouts.open_tokenizer(tmp_path / "tokenizer.model")
+        vocabulary.open_tokenizer(tmp_path / "tokenizer.model")
 
 
 # ------------------------------------------------------------------------------------ remote folders
@@ -775,7 +777,7 @@ def lose_a_tensor(d):
 HF_DAMAGE = {
     "no config": (lambda d: (d / "config.json").unlink(), "config.json: no such file"),
     "config cut": (lambda d: cut(d / "config.json"), "expected a JSON object"),
-    "another model": (config_with(model_type="mistral"), "model_type is 'mistral'"),
+    "another model": (config_with(model_type="gemma"), "model_type is 'gemma'"),
     "activation": (config_with(hidden_act="gelu"), "hidden_act is 'gelu'"),
     "bias": (config_with(attention_bias=True), "attention_bias is True"),
     "quantized": (config_with(quantization_config={"bits": 4}), "quantization_config"),
@@ -787,7 +789,7 @@ HF_DAMAGE = {
     "tied text": (config_with(tie_word_embeddings="false"), "tie_word_embeddings is 'false'"),
     "no model type": (config_with(model_type=None), "model_type is None"),
     "multiplier": (config_with(residual_multiplier=0.2), "residual_multiplier is 0.2"),
-    "bin": (only_bin, "only pytorch_model.bin"),
+    "bin": (only_bin, "pytorch_model.bin: in PyTorch's old format, or damaged"),
     "rope text": (config_with(rope_parameters="x"), "the RoPE settings are 'x'"),
     "size": (config_with(hidden_size="64"), "hidden_size is '64'"),
     "no layers": (config_with(num_hidden_layers=None), "num_hidden_layers is missing"),
@@ -802,8 +804,8 @@ HF_DAMAGE = {
     "lost": (lose_a_tensor, "is missing, but model.safetensors.index.json says"),
     "no tokenizer": (lambda d: (d / "tokenizer.model").unlink(), "neither tokenizer.model nor tokenizer"),
     "tokenizer.json": (lambda d: (d / "tokenizer.model").replace(d / "tokenizer.json"), "a JSON object"),
-    "odd ranks": (odd_ranks, "not the byte-level BPE tokenizer"),
-    "tokenizer.json of what": (other_tokenizer_json, "not the byte-level BPE tokenizer"),
+    "odd ranks": (odd_ranks, "the token 'a' has the id '0.0'"),
+    "tokenizer.json of what": (other_tokenizer_json, "no vocabulary of a BPE"),
 }  # fmt: skip
 
 

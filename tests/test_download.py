@@ -1,5 +1,6 @@
 """weights/download.py against a small hub on loopback: what it fetches, resumes, checks and refuses."""
 
+import json
 import os
 import shlex
 import signal
@@ -13,9 +14,11 @@ import torch
 from conftest import ROOT, SMALL
 from fake_hub import fake_hub
 
+import llama3_from_scratch as llama
 from tools.random_checkpoint import random_checkpoint
 
 META, RASBT = "meta-llama/Llama-3.2-1B", "rasbt/llama-3.2-from-scratch"
+SMOLLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # huggingface_hub writes blocks of 10 MiB, so a file has to be larger for a part of it to be kept: 21 MB
 LARGE = SMALL | {"dim": 512, "n_kv_heads": 8}
 CUT = 12_000_000
@@ -27,7 +30,7 @@ def files_of(folder, prefix="original/"):
 
 def rasbts_files(folder, params):
     """A random checkpoint in rasbt's names and order of rows, twice, and its tokenizer."""
-    from parts.layouts import META, NAMES, RASBT
+    from parts.naming import META, NAMES, RASBT
 
     random_checkpoint(folder, params | {"n_kv_heads": 8}, tied=True)
     weights, renamed = torch.load(folder / "consolidated.00.pth"), {}
@@ -46,6 +49,39 @@ def rasbts_files(folder, params):
         "llama3.2-3B-instruct.pth": content,
         "tokenizer.model": tokenizer,
     }
+
+
+def smollms_files(folder):
+    """A random model in SmolLM2's layout: its config.json's keys, its kind of tokenizer, a chat template."""
+    from gguf_files import byte_level_fields
+    from test_door import save_pretrained
+
+    from parts import gguf_file
+
+    random_checkpoint(folder / "meta", SMALL | {"use_scaled_rope": False})
+    weights, params, _ = llama.load_model(folder / "meta", quiet=True)
+    save_pretrained(folder / "hf", weights, params, shard_size="100KB")
+    fields = byte_level_fields(params["vocab_size"], pre="smollm")
+    fields["tokenizer.chat_template"] = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer, config, _ = gguf_file.tokenizer_of(fields, folder)
+    told = json.loads((folder / "hf" / "config.json").read_text())
+    told |= {"is_llama_config": True, "rope_interleaved": False, "pretraining_tp": 1}
+    told |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    told["transformers.js_config"] = {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}}
+    files = files_of(folder / "hf", "")
+    del files["tokenizer.model"]
+    for name, content in {
+        "config.json": told,
+        "tokenizer.json": tokenizer,
+        "tokenizer_config.json": config,
+        "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2},
+        "special_tokens_map.json": {"bos_token": "<|im_start|>"},
+    }.items():
+        files[name] = json.dumps(content).encode()
+    return files
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +106,13 @@ def repos(tmp_path_factory):
         "meta-llama/Llama-3.1-8B-Instruct": files_of(random_checkpoint(make / "small", SMALL)),
         "meta-llama/Llama-3.2-3B": broken,
         "meta-llama/Llama-3.1-8B": {"README.md": b"moved"},
+        SMOLLM: smollms_files(make / "smollm")
+        | {
+            "onnx/model.onnx": b"x" * 9999,
+            "README.md": b"hello",
+            "runs/x": b"",
+            "vocab.json": b"{}",
+        },
     }
 
 
@@ -187,9 +230,19 @@ def test_meta_sharded_with_a_token(hub, download, script, tmp_path):
     assert content_of(folder) == originals(hub.repos[f"meta-llama/{name}"])
 
 
-def test_rasbts_one_file_and_tokenizer(hub, download, script, tmp_path):
+def test_rasbts_one_file_and_tokenizer(hub, download, script, tmp_path, monkeypatch):
+    from parts import layouts
+
     folder = tmp_path / "new" / "folder"
-    result = download("llama3.2-1b-base", "--to", folder)  # as on the hub, or in small letters
+    # These small shapes stand for a release's: what the tensors do not tell is known of releases alone.
+    monkeypatch.setitem(layouts.RASBTS, (64, 3, 224, 64, 64), (8, 32))
+    monkeypatch.setattr(layouts, "LLAMA_3_TOKENS", range(512, 513))
+    known = (
+        "from parts import layouts; layouts.RASBTS[64, 3, 224, 64, 64] = (8, 32);"
+        "layouts.LLAMA_3_TOKENS = range(512, 513)"
+    )
+    # as on the hub, or in small letters
+    result = download("llama3.2-1b-base", "--to", folder, before=known)
     assert result.returncode == 0, result.stderr
     files = hub.repos[RASBT]
     assert content_of(folder) == {
@@ -200,6 +253,41 @@ def test_rasbts_one_file_and_tokenizer(hub, download, script, tmp_path):
     assert not [
         path for _, path, _ in hub.requests if path.endswith(("3B-instruct.pth", "README.md"))
     ]
+
+
+def test_smollm2(hub, download, script, tmp_path):
+    """No token is needed; what the script does not read is left; its own chat template is used."""
+    result = download("SmolLM2-135M-Instruct", "--to", tmp_path / "to")
+    assert result.returncode == 0, result.stderr
+    left = {"onnx/model.onnx", "README.md", "runs/x", "vocab.json"}
+    wanted = {name: content for name, content in hub.repos[SMOLLM].items() if name not in left}
+    assert content_of(tmp_path / "to") == wanted and len(wanted) > 7
+    assert runs(script, result) == ["Hello", "--weights", str(tmp_path / "to"), "--chat"]
+
+
+def test_a_model_by_its_name(hub, download, script, monkeypatch, tmp_path):
+    """--weights takes a name of the list once it is there; before, it says the command."""
+    monkeypatch.setattr(llama, "HERE", tmp_path)  # as if this were the repository
+    (tmp_path / "weights").mkdir()
+    program = (ROOT / "weights" / "download.py").read_bytes()
+    (tmp_path / "weights" / "download.py").write_bytes(program)
+    monkeypatch.chdir(tmp_path)
+    ask = "Hello", "--weights", "smollm2-135m-INSTRUCT", "--max-new-tokens", 2
+    says = "python weights/download.py smollm2-135m-instruct brings it\n"
+    name = "error: smollm2-135m-INSTRUCT: not"
+    assert script(*ask).stderr == f"{name} here yet; {says}"
+    folder = tmp_path / "weights" / "smollm2-135m-instruct"
+    assert download("smollm2-135m-instruct", "--to", folder).returncode == 0
+    run = script(*ask, "--chat")
+    assert run.returncode == 0 and run.stderr.startswith(
+        "smollm2-135m-INSTRUCT: Hugging Face layout"
+    )
+    (folder / "model.safetensors.123.part").write_bytes(b"")
+    assert script(*ask).stderr == f"{name} whole yet; {says}"
+    (tmp_path / "smollm2-135m-INSTRUCT").mkdir()  # a folder of that name comes first
+    assert "no checkpoint there" in script(*ask).stderr
+    for other in ("smollm3", "../smollm2-135m", "weights"):
+        assert "error: " in script("Hello", "--weights", other).stderr
 
 
 @pytest.mark.parametrize(
@@ -327,10 +415,15 @@ def test_list(download):
     ):
         for shape, kind in ((shape, kind) for shape in shapes for kind in kinds):
             row = rows.pop(f"{release}-{shape}{kind}")
-            access = f"open ({RASBT})"
+            access = f"open, Llama 3.2's license ({RASBT})"
             if release != "llama3.2":
                 access = f"ask Meta on https://huggingface.co/meta-llama/{release}-{shape}{kind}"
             assert row.split(None, 2)[1:] == [sizes[shape], access]
+    for shape, size in (("135M", "0.3"), ("360M", "0.7"), ("1.7B", "3.4")):
+        for kind in ("", "-Instruct"):
+            row = rows.pop(f"smollm2-{shape}{kind}".lower())
+            repo = f"HuggingFaceTB/SmolLM2-{shape}{kind}"
+            assert row.split(None, 2)[1:] == [size, f"open, Apache 2.0 ({repo})"]
     assert not rows
 
 

@@ -5,10 +5,12 @@ FUZZ=20000 pytest -s tests/test_fuzz.py        a longer run, new ones each time
 """
 
 import collections
+import io
 import json
 import os
 import shutil
 import warnings
+import zipfile
 
 import pytest
 import torch
@@ -19,8 +21,8 @@ from references import float64_loop
 from safetensors.torch import load_file
 
 import llama3_from_scratch as llama
-from parts import inside, layouts
-from tools.random_checkpoint import random_checkpoint
+from parts import inside, layouts, naming
+from tools.random_checkpoint import random_checkpoint, random_weights
 
 EXAMPLES = int(os.environ.get("FUZZ", 2000))
 TINY = SMALL | {
@@ -32,6 +34,25 @@ TINY = SMALL | {
     "multiple_of": 8,
 }
 WIDE = TINY | {"dim": 512, "multiple_of": 8192}
+
+KEYS = """rope_theta rope_scaling rope_parameters sliding_window tie_word_embeddings norm_eps head_dim
+    rms_norm_eps num_key_value_heads n_kv_heads hidden_act model_type use_scaled_rope weight_map""".split()
+VALUES = [
+    None,
+    False,
+    True,
+    0,
+    1,
+    -1,
+    0.5,
+    8,
+    1e6,
+    "x",
+    [],
+    {},
+    [1],
+    {"factor": 2.0, "type": "linear"},
+]
 
 place = st.floats(0, 1, exclude_max=True)  # where in a file, as a fraction of its size
 mutations = st.one_of(
@@ -51,6 +72,8 @@ mutations = st.one_of(
     st.tuples(st.just("repeat"), place, st.integers(1, 64)),
     st.tuples(st.just("zero"), place, st.integers(1, 4096)),
     st.tuples(st.just("swap"), st.integers(0, 9)),
+    st.tuples(st.just("zip"), st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])),
+    st.tuples(st.just("key"), st.sampled_from(KEYS), st.sampled_from(VALUES)),
 )
 
 
@@ -67,6 +90,18 @@ def mutate(data, mutation, others):
         del data[at(how[0]) : at(how[0]) + how[1]]
     elif kind == "repeat":
         data[at(how[0]) : at(how[0])] = data[at(how[0]) : at(how[0]) + how[1]]
+    elif kind == "zip":  # the records of a .pth once more, as another program would put them
+        if not zipfile.is_zipfile(io.BytesIO(data)):
+            return bytes(data)
+        again = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(again, "w", how[0]) as new:
+            for record in old.namelist():
+                new.writestr(record, old.read(record))
+        return again.getvalue()
+    elif kind == "key":  # of a JSON file, as the last of two: that one counts
+        if not data.rstrip().endswith(b"}"):
+            return bytes(data)
+        return data.rstrip()[:-1] + f", {json.dumps(how[0])}: {json.dumps(how[1])}}}".encode()
     elif kind == "zero":
         end = min(len(data), at(how[0]) + how[1])
         data[at(how[0]) : end] = bytes(end - at(how[0]))
@@ -89,15 +124,67 @@ def hugging_face_folder(folder, sizes):
     save_pretrained(folder, weights, params, shard_size="20KB")
 
 
+def gguf_folder(folder, sizes):
+    """A GGUF file; of the small sizes one of quantized blocks, of the large ones one that stays mapped."""
+    from gguf_files import KINDS, write_gguf
+
+    small = sizes["dim"] < 32  # a block has 32 numbers
+    sizes = sizes | {"use_scaled_rope": False} | ({"dim": 32, "multiple_of": 32} if small else {})
+    params = llama.fill_params(sizes)
+    weights = random_weights(params, 1, False, torch.float32)
+    folder.mkdir()
+    write_gguf(folder / "model.gguf", weights, params, KINDS.Q8_0 if small else KINDS.F32)
+
+
+def gguf_logits(path, tokens):
+    """What a damaged GGUF file still says, as the library reads it."""
+    import gguf
+    from gguf_files import gguf_name
+
+    file = gguf.GGUFReader(path)
+    said = {key: field.contents() for key, field in file.fields.items()}
+    found = {
+        t.name: torch.from_numpy(gguf.dequantize(t.data, t.tensor_type).copy())
+        for t in file.tensors
+    }
+    L = said["llama.block_count"]
+    sizes = TINY | {"n_layers": L}
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, L)
+    weights = {
+        name: found.get(gguf_name(known, name))
+        for name in llama.weight_shapes(llama.fill_params(sizes))
+    }
+    if weights["output.weight"] is None:
+        weights["output.weight"] = weights["tok_embeddings.weight"]
+    H = said["llama.attention.head_count"]
+    params = {
+        "dim": said["llama.embedding_length"],
+        "n_layers": L,
+        "n_heads": H,
+        "n_kv_heads": said.get("llama.attention.head_count_kv", H),
+        "vocab_size": len(weights["tok_embeddings.weight"]),
+        "ffn_dim": said["llama.feed_forward_length"],
+        "norm_eps": said["llama.attention.layer_norm_rms_epsilon"],
+        "rope_theta": said.get("llama.rope.freq_base", 10000.0),
+    }
+    return float64_loop(tokens, weights, llama.fill_params(params))["logits"]
+
+
 def independent_logits(folder, tokens):
     """What the damaged files still say, joined here and computed by the float64 loop.
 
     A number that was changed into another number is not damage that can be seen: then this is what is right.
     """
+    if (folder / "model.gguf").exists():
+        return gguf_logits(folder / "model.gguf", tokens)
     if (folder / "params.json").exists():
         given = json.loads((folder / "params.json").read_text())
         files = [folder / f"consolidated.{n:02}.pth" for n in range(2)]
-        shards = [torch.load(file, weights_only=True, mmap=True) for file in files]
+        # unpacked where compressed; mapped where not, for torch then does not look at checksums
+        plain = [
+            not any(it.compress_type for it in zipfile.ZipFile(file).infolist()) for file in files
+        ]
+        shards = [torch.load(file, weights_only=True, mmap=m) for file, m in zip(files, plain)]
         weights = {}
         for name, first in shards[0].items():
             dim = 1 if name.endswith(("wo.weight", "w2.weight")) else 0
@@ -107,8 +194,8 @@ def independent_logits(folder, tokens):
     weights = {}
     for file in folder.glob("*.safetensors"):
         weights |= load_file(file)
-    convert = layouts.rows_in_pairs(params)
-    weights = layouts.metas_names(weights, layouts.HUGGING_FACE)
+    convert = naming.rows_in_pairs(params)
+    weights = naming.metas_names(weights, naming.HUGGING_FACE)
     return float64_loop(tokens, {name: convert(name, w) for name, w in weights.items()}, params)[
         "logits"
     ]
@@ -129,7 +216,8 @@ def attempt(folder, tokens):
         file.write("5")  # the peak is from here on that of what follows
     before = memory("VmRSS")
     try:
-        weights, params, tokenizer = llama.load_model(folder)
+        dtype = "float32" if (folder / "model.gguf").exists() else None
+        weights, params, tokenizer = llama.load_model(folder, dtype=dtype)
         assert isinstance(llama.encode(tokenizer, "Hello 🦙, 1234  world\n"), list)
         logits = llama.forward(tokens, weights, params)
     except ValueError as problem:
@@ -152,7 +240,7 @@ def attempt(folder, tokens):
 @pytest.mark.skipif(
     not os.path.exists("/proc/self/clear_refs"), reason="memory is measured as Linux does"
 )
-@pytest.mark.parametrize("make", [meta_folder, hugging_face_folder])
+@pytest.mark.parametrize("make", [meta_folder, hugging_face_folder, gguf_folder])
 @pytest.mark.parametrize("sizes, part", [(TINY, 2), (WIDE, 50)], ids=["100 kB", "50 MB"])
 def test_every_mutation_ends_well(tmp_path, make, sizes, part, capsys):
     good, bad = tmp_path / "good", tmp_path / "bad"
@@ -181,5 +269,7 @@ def test_every_mutation_ends_well(tmp_path, make, sizes, part, capsys):
             print(f"\n{name:36} {outcome:6} {count}", end="")
     assert (
         sum(count for (_, outcome), count in outcomes.items() if outcome == "error")
-        > EXAMPLES // part // 4
+        > EXAMPLES
+        // part
+        // (8 if make is gguf_folder else 4)  # most of a GGUF file is plain numbers
     )

@@ -19,7 +19,7 @@ from conftest import ROOT, SMALL, read_params, relative_error, some_tokens
 from safetensors.torch import load_file, save_file
 
 import llama3_from_scratch as llama
-from parts import layouts, parallel
+from parts import layouts, naming, parallel
 from tools.random_checkpoint import random_checkpoint, random_weights, split
 
 SCRIPT = ROOT / "llama3_from_scratch.py"
@@ -105,7 +105,7 @@ def hugging_face_folder(folder, sizes, files=1, **options):
     for name, w in weights.items():
         layer = re.search(r"\.(\d+)\.", name)
         pattern = name.removesuffix(".weight").replace(f".{layer[1]}." if layer else "\0", ".{}.")
-        (theirs,) = [names[1] for names in layouts.NAMES if names[0] == pattern]
+        (theirs,) = [names[1] for names in naming.NAMES if names[0] == pattern]
         if name.endswith(
             ("wq.weight", "wk.weight")
         ):  # the other way round: first all even rows, then all odd

@@ -35,7 +35,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run by its path
 import llama3_from_scratch as llama
-from parts import layouts
+from parts import naming, vocabulary
 from parts.commandline import peak_memory
 from parts.eager import one_token_step, without_onednn
 
@@ -79,7 +79,7 @@ def ours_compiled(folder, device):
 
 def in_dialect(weights, params, dialect):
     """The weights under another project's names, wq and wk with rows in halves as it wants them."""
-    theirs = {names[layouts.META]: names[dialect] for names in layouts.NAMES}
+    theirs = {names[naming.META]: names[dialect] for names in naming.NAMES}
     for name, w in weights.items():
         _, _, layer = name.partition("layers.")
         number = layer.partition(".")[0]
@@ -123,7 +123,7 @@ def hugging_face_folder(folder):
         config.tie_word_embeddings = weights["output.weight"] is weights["tok_embeddings.weight"]
         with torch.device("meta"):
             model = LlamaForCausalLM(config).to(torch.bfloat16)
-        model.load_state_dict(dict(in_dialect(weights, params, layouts.HUGGING_FACE)), assign=True)
+        model.load_state_dict(dict(in_dialect(weights, params, naming.HUGGING_FACE)), assign=True)
         model.tie_weights()
         model.save_pretrained(target)
     return target
@@ -175,7 +175,7 @@ def llms_from_scratch(folder, device):
         },
     })  # fmt: skip
     model.load_state_dict(
-        dict(in_dialect(weights, params, layouts.RASBT)), strict=False, assign=True
+        dict(in_dialect(weights, params, naming.RASBT)), strict=False, assign=True
     )
     del weights
     model, state = model.to(device), {}
@@ -540,7 +540,10 @@ def cold_start(folder, device, rounds):
     """Seconds from the shell to the first token, in turns: the script, and transformers if it is there."""
     text = "Once upon a time, there was"
     ids = " ".join(
-        map(str, [0, *llama.encode(layouts.open_tokenizer(Path(folder) / "tokenizer.model"), text)])
+        map(
+            str,
+            [0, *llama.encode(vocabulary.open_tokenizer(Path(folder) / "tokenizer.model"), text)],
+        )
     )
     script = [ROOT / "llama3_from_scratch.py", text, "--weights", folder]
     commands = {

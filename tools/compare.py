@@ -32,7 +32,6 @@ from llama3_from_scratch import (
     project,
     rope_turns,
     rotate,
-    special,
 )
 
 # ------------------------------------------------------------------------------------ known mistakes
@@ -656,7 +655,7 @@ def read_theirs(path, names):
 
 def reference_tokens(args, theirs, about, tokenizer, params):
     """Token ids (1 T) to compare with, and words on what is odd about theirs."""
-    begin, given = special(tokenizer, "begin_of_text"), theirs.pop("tokens", None)
+    begin, given = vars(tokenizer)["begin"], theirs.pop("tokens", None)
     if given is not None:
         if (
             given.dtype not in (torch.int64, torch.int32)
@@ -674,20 +673,21 @@ def reference_tokens(args, theirs, about, tokenizer, params):
         )
     expected = None
     if prompt is not None and not (args.prompt is None and given is not None):
-        ids = [begin, *encode(tokenizer, prompt)]
+        ids = [*begin, *encode(tokenizer, prompt)]
         lengths = {
             x.shape[-2] for name, x in theirs.items() if name == "tok_embeddings" or "_norm" in name
         }
         expected = ids
         if given is None and lengths:
-            given = {len(ids) - 1: ids[1:], len(ids) + 1: [begin, *ids]}.get(lengths.pop(), ids)
+            N = len(begin)
+            given = {len(ids) - N: ids[N:], len(ids) + N: [*begin, *ids]}.get(lengths.pop(), ids)
     ids = given or expected
     if not ids or not all(0 <= n < params["vocab_size"] for n in ids):
         raise ValueError(f"the tokens are not those of this model: {ids[:8]}")
     words = None
-    if ids[0] != begin:
+    if begin and ids[: len(begin)] != begin:
         words = "the tokens do not begin with <|begin_of_text|> (no BOS)"
-    elif ids[1:2] == [begin]:
+    elif begin and ids[len(begin) : 2 * len(begin)] == begin:
         words = "the tokens begin with <|begin_of_text|> twice (two BOS)"
     if expected is not None and ids != expected and words is None:
         n = next(

@@ -1,23 +1,32 @@
-"""Fetches real Llama 3 weights from Hugging Face: goes on where it was cut, checks checksums and shapes.
+"""Fetches real weights from Hugging Face: goes on where it was cut, checks checksums and shapes.
 
 pip install huggingface_hub
 python weights/download.py --list                   names, sizes, and which need Meta's permission
-python weights/download.py llama3.2-1B-instruct     into weights/llama3.2-1B-instruct: open to everybody
+python weights/download.py smollm2-135m-instruct    into weights/smollm2-135m-instruct: free, and small
+python weights/download.py llama3.2-1B-instruct     Llama 3, open to everybody
 python weights/download.py Llama-3.1-8B             Meta's own files
 """
 
 import argparse
 import difflib
 import json
+import re
 import shlex
 import shutil
 import sys
 from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # run by its path
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # run by its path
 
 MODELS = {  # name: repository, GB
+    "smollm2-135m": ("HuggingFaceTB/SmolLM2-135M", 0.3),
+    "smollm2-135m-instruct": ("HuggingFaceTB/SmolLM2-135M-Instruct", 0.3),
+    "smollm2-360m": ("HuggingFaceTB/SmolLM2-360M", 0.7),
+    "smollm2-360m-instruct": ("HuggingFaceTB/SmolLM2-360M-Instruct", 0.7),
+    "smollm2-1.7b": ("HuggingFaceTB/SmolLM2-1.7B", 3.4),
+    "smollm2-1.7b-instruct": ("HuggingFaceTB/SmolLM2-1.7B-Instruct", 3.4),
     "llama3.2-1B-base": ("rasbt/llama-3.2-from-scratch", 2.5),
     "llama3.2-1B-instruct": ("rasbt/llama-3.2-from-scratch", 2.5),
     "llama3.2-3B-base": ("rasbt/llama-3.2-from-scratch", 6.4),
@@ -34,18 +43,45 @@ MODELS = {  # name: repository, GB
 }
 
 
+# What the script reads of a repository in Hugging Face's layout. What else is there (onnx/, …) is left.
+HUGGING_FACE = (
+    "config.json generation_config.json model.safetensors model.safetensors.index.json tokenizer.json "
+    "tokenizer_config.json chat_template.jinja special_tokens_map.json"
+).split()
+
+
+def access(repo):
+    """Who may have a model, and under which license."""
+    if repo.startswith("meta-llama/"):
+        return f"ask Meta on https://huggingface.co/{repo}"
+    license = "Apache 2.0" if repo.startswith("HuggingFaceTB/") else "Llama 3.2's license"
+    return f"open, {license} ({repo})"
+
+
 def show_list():
     print(f"{'NAME':<24}{'GB':>6}  access")
     for name, (repo, size) in MODELS.items():
-        gated = repo.startswith("meta-llama/")
-        access = f"ask Meta on https://huggingface.co/{repo}" if gated else f"open ({repo})"
-        print(f"{name:<24}{size:>6}  {access}")
+        print(f"{name:<24}{size:>6}  {access(repo)}")
+
+
+def looked_up(name):
+    """A name of the list, whatever its letters' case; None if it is not on it."""
+    return {known.lower(): known for known in MODELS}.get(str(name).lower())
+
+
+def folder_of(name):
+    """Where a model of the list is put unless --to says otherwise."""
+    return ROOT / "weights" / name
 
 
 def is_part_of(name, path):
     """Is this file of its repository one of the model's? rasbt's holds four models, Meta's two layouts."""
     if name.startswith("llama3.2-"):
         return path in (f"{name}.pth", "tokenizer.model")
+    if name.startswith("smollm2-"):
+        return (
+            path in HUGGING_FACE or re.fullmatch(r"model-\d+-of-\d+\.safetensors", path) is not None
+        )
     return str(PurePosixPath(path).parent) == "original"
 
 
@@ -204,21 +240,22 @@ def run(argv):
         return show_list()
     if args.name is None:
         wrong("which model? Give its NAME; --list shows them")
-    known = {name.lower(): name for name in MODELS}
-    if args.name.lower() not in known:
+    name = looked_up(args.name)
+    if name is None:
+        known = {name.lower(): name for name in MODELS}
         close = ", ".join(
             known[name] for name in difflib.get_close_matches(args.name.lower(), known)
         )
         raise ValueError(
             f"{args.name}: no such model; {f'is it {close}?' if close else '--list shows them'}"
         )
-    name = known[args.name.lower()]
-    folder = args.to.expanduser() if args.to else short(ROOT / "weights" / name)
+    folder = args.to.expanduser() if args.to else short(folder_of(name))
     download(name, folder)
     print(f"{folder}: {check(folder)}; all shapes are right. To run it:", file=sys.stderr)
     chat = " --chat" if name.lower().endswith("instruct") else ""
+    at = folder if args.to else name
     script, weights = (
-        shlex.quote(str(path)) for path in (short(ROOT / "llama3_from_scratch.py"), folder)
+        shlex.quote(str(path)) for path in (short(ROOT / "llama3_from_scratch.py"), at)
     )
     print(f'python {script} "Hello" --weights {weights}{chat}')
 
