@@ -130,8 +130,8 @@ def open_pth(path: Path) -> Weights:
         said = str(problem).partition(". ")[0]
         raise ValueError(f"{path}: not a PyTorch checkpoint, or cut short ({said})") from None
     wrong = f"{path}: expected a dict of tensors, but"
-    if not isinstance(shard, dict):
-        raise ValueError(f"{wrong} the file holds a {type(shard).__name__}")
+    if not isinstance(shard, dict) or {*map(type, shard)} - {str}:
+        raise ValueError(f"{wrong} the file holds a {type(shard).__name__} without names")
     for name, w in shard.items():
         if not isinstance(w, Tensor):
             raise ValueError(f"{wrong} {name} holds a {type(w).__name__}")
@@ -516,7 +516,7 @@ def load_model(
     tokenizer = load_tokenizer(folder / "tokenizer.model")
     shapes = {*weight_shapes(params), "rope.freqs"}  # that one is Llama 2's, and not needed
     for name, w in itertools.chain(*(shard.items() for shard in shards.values())):
-        if name not in shapes or w.dtype not in FLOATS or w.is_sparse or w.is_meta:
+        if name not in shapes or w.dtype not in FLOATS or w.is_sparse or w.is_meta or w.is_nested:
             raise ValueError(f"{path}: {name} ({w.dtype}, {w.layout}) is not of such a model")
     if tokenizer.n_vocab != params["vocab_size"]:
         raise ValueError(f"{path}: the tokenizer has {tokenizer.n_vocab} tokens, another model's")
@@ -590,7 +590,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the text has gone
         os._exit(0)
     except (ValueError, OSError, MemoryError, RuntimeError) as problem:
-        print("error:", re.sub(r"[^\w\s!-~]|[^\S ]", "?", str(problem)), file=sys.stderr)
+        print("error:", re.sub(r"[^\w\s!-~]|[^\S ]", "?", str(problem)[:999]), file=sys.stderr)
         return 2
     return 0
 

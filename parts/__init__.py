@@ -2,16 +2,20 @@
 
 commandline: the flags · chat: the chat format · conversation: typed prompts · batch: many prompts ·
 layouts: other people's checkpoints · naming, config, archives, gguf_file: their names and files ·
-vocabulary: their tokenizers · template_worker: their chat templates · inside: breakpoints, traces, probes ·
-eager, compiled: how a machine is made fast · parallel: several processes, one model. Arrows go one way: these
-import the script.
+vocabulary: their tokenizers · template_worker: their chat templates · remote: checkpoints in a bucket ·
+inside: breakpoints, traces, probes · eager, compiled: how a machine is made fast · parallel: several
+processes, one model · files: whole or not there · programs: how a program begins and ends. Arrows go one way:
+these import the script.
 """
 
-import torch
+import re
+from typing import Any
 
 
 def processes() -> tuple[int, int]:
     """(rank, N): which of how many processes this is. One alone, unless torchrun has started more."""
+    import torch  # here: what needs no tensors starts without it
+
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return 0, 1
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -23,6 +27,27 @@ def first_line(problem: object) -> str:
     return lines[0][:150]
 
 
-def printable(text: str) -> str:
-    """A text from a file or a name, for a terminal: control characters are spelled out."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def printable(text: object, most: int = 1500) -> str:
+    """A text from a file or a name, for a terminal: control characters are spelled out, what is long is cut.
+
+    Of a long text the end stays too: in an error it says what to do.
+    """
+    said = str(text)
+    if len(said) > most:
+        half = most // 2
+        said = f"{said[:half]} […] {said[-half:]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in said)
+
+
+# C0 and C1 but for tabs and line breaks, DEL, and what makes a terminal write from right to left
+CONTROL = re.compile("[\x00-\x08\x0b-\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]|\r(?!\n)")
+
+
+def for_screen(text: str, stream: Any) -> str:
+    """Text that a model wrote, for a stream: on a terminal control characters are spelled out.
+
+    Line breaks, tabs and letters of all kinds stay; a file or a pipe gets the text as it is.
+    """
+    if not stream.isatty():
+        return text
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

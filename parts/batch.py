@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 
 import tiktoken
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 import llama3_from_scratch as llama
+from parts import for_screen
 from parts.chat import prompt_ids
 
 MOST_ROWS = 32
@@ -51,7 +53,7 @@ def answer_all(
                 reason = "context"
             text = tokenizer.decode(new[:-1] if reason == "stop" else new)
             line = {"prompt": prompt, "text": text, "tokens": new, "finish_reason": reason}
-            print(json.dumps(line, ensure_ascii=False), flush=True)
+            print(for_screen(json.dumps(line, ensure_ascii=False), sys.stdout), flush=True)
 
 
 def go_on_together(

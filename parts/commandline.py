@@ -1,28 +1,26 @@
 """The command line of llama3_from_scratch.py: its flags, and what they set going."""
 
 import argparse
-import bdb
 import functools
 import importlib
 import itertools
 import math
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import llama3_from_scratch as llama
-from parts import batch, conversation, first_line, printable, vocabulary
+from parts import batch, conversation, for_screen, printable, vocabulary
 from parts.chat import prompt_ids
 from parts.eager import one_token_step
 from parts.inside import check_finite
+from parts.programs import flags_of, run_program
 
 RANGES = {  # of flags: least and greatest value
     "max_new_tokens": (0, 10**9),
@@ -37,13 +35,13 @@ RANGES = {  # of flags: least and greatest value
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The flags. ValueError, in one line, for one that is wrong or that this machine cannot do."""
-    about = str(llama.__doc__)
-    parser = argparse.ArgumentParser(
+    about = llama.__doc__ or ""  # python -OO leaves it out
+    _, _, examples = about.partition("\n\n    python")
+    parser = flags_of(
         prog="llama3_from_scratch.py",
         description=about.partition("\n")[0],
-        allow_abbrev=False,
         formatter_class=argparse.RawTextHelpFormatter,
-        epilog="examples:\n" + about[about.index("    python") : about.index("\n\nDimension")],
+        epilog=f"examples:\n    python{examples.partition(chr(10) * 2)[0]}" if examples else None,
     )
     add = parser.add_argument
     add(
@@ -137,11 +135,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
 
-    def wrong(message: str) -> NoReturn:
-        raise ValueError(f"{message} (--help shows what there is)")
-
-    parser.error = wrong  # type: ignore
     args = parser.parse_args(argv)
+    wrong = parser.error
     for flag, (low, high) in RANGES.items():
         value = getattr(args, flag)
         if value is not None and not low <= value <= high:
@@ -173,9 +168,14 @@ def peak_memory(device: str) -> float:
     return importlib.import_module("resource").getrusage(0).ru_maxrss * unit
 
 
+def quoted(tokenizer: Any, token: int) -> str:
+    """A token's text in quotes, as one would type it in Python; cut if it is long."""
+    return printable(repr(tokenizer.decode([token])), 100)
+
+
 def show_prompt(ids: list[int], cached: int, tokenizer: Any) -> None:
     """The tokens of a prompt that have not been read yet, ids and texts, on stderr."""
-    pieces = [f"{token} {tokenizer.decode([token])!r}" for token in ids[cached:][:64]]
+    pieces = [f"{token} {quoted(tokenizer, token)}" for token in ids[cached:][:64]]
     if len(ids) - cached > 64:
         pieces.append("…")
     print(f"prompt of {len(ids)} tokens:", *pieces, sep="  ", file=sys.stderr)
@@ -185,7 +185,7 @@ def show_next(logits: Tensor, tokenizer: Any) -> None:
     """The likeliest next tokens, from logits (1 1 V), on stderr."""
     logits = vocabulary.of_tokens(logits[:, -1], tokenizer)
     probs, ids = logits[0].softmax(-1).topk(min(5, logits.shape[-1]))
-    likely = [f"{tokenizer.decode([n])!r} {p:.1%}" for n, p in zip(ids.tolist(), probs.tolist())]
+    likely = [f"{quoted(tokenizer, n)} {p:.1%}" for n, p in zip(ids.tolist(), probs.tolist())]
     print("next:", "  ".join(likely), file=sys.stderr)
 
 
@@ -218,7 +218,7 @@ def answer(
         show_next(logits, tokenizer)
 
     if not args.chat and sys.stdout.isatty() and sys.stderr.isatty():
-        prompt = tokenizer.decode(ids[len(vars(tokenizer)["begin"]) :])
+        prompt = for_screen(tokenizer.decode(ids[len(vars(tokenizer)["begin"]) :]), sys.stderr)
         print(prompt, end="", file=sys.stderr, flush=True)  # so that the text reads as one
     at = torch.tensor([len(ids)], device=args.device)
     steps = itertools.islice(go_on(logits, weights, params, cache, at), args.max_new_tokens)
@@ -226,7 +226,7 @@ def answer(
     for piece in llama.text_of(steps, tokenizer, new):
         if len(new) == 1:
             first = time.perf_counter()
-        print(piece, end="", flush=True)
+        print(for_screen(piece, sys.stdout), end="", flush=True)
     print("", end="\n" if new else "", flush=True)
     ended = time.perf_counter()
 
@@ -320,37 +320,14 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line. Returns the exit code: 2, and a line on stderr, for a user's mistake."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by who started us
-            setattr(sys, name, open(os.devnull, mode))
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
-        sys.stdout.reconfigure(errors="replace")  # of a terminal that cannot show every letter
-    handler = signal.getsignal(signal.SIGINT)
-    main_thread = threading.current_thread() is threading.main_thread()
-    if main_thread:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # Linux: tensors on huge pages, made faster
-    try:
+
+    def work() -> int:
         if os.environ.get("WORLD_SIZE", "1") != "1":  # started by torchrun
             from parts import parallel
 
             return parallel.run_together(parse_arguments, argv, run)
         run(parse_arguments(argv))
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:  # whoever read the text has gone: there is nobody to tell
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except bdb.BdbQuit:  # the debugger's "quit"
-        pass
-    except (ValueError, OSError, MemoryError, RuntimeError) as problem:
-        if isinstance(problem, RuntimeError) and "memory" not in str(problem):
-            raise  # a mistake of ours
-        line = str(problem) or "out of memory"
-        if not isinstance(problem, ValueError):
-            line = first_line(problem)  # PyTorch's go on for long
-        print(f"error: {printable(line)}", file=sys.stderr)
-        return 2
-    finally:
-        if main_thread and handler is not None:  # as it was, for a notebook
-            signal.signal(signal.SIGINT, handler)
-    return 0
+        return 0
+
+    return run_program(work)

@@ -9,17 +9,31 @@ from collections.abc import Callable, Iterator
 import tiktoken
 
 import llama3_from_scratch as llama
-from parts import printable, processes
+from parts import processes
 from parts.chat import Messages, prompt_ids
+from parts.programs import say_error
+
+
+def typed_lines() -> Iterator[str]:
+    """The lines of a terminal, as they are typed. Ctrl-D in the middle of one ends it, as Enter would.
+
+    They are read past Python's buffer, which would wait for the end of the line, and keep what is meant for
+    the debugger. Bytes that are no text stay in the line, for the check of the prompt to find.
+    """
+    terminal = getattr(sys.stdin.buffer, "raw", None)  # a terminal gives at most one line at a time
+    while block := terminal.read(2**16) if terminal else sys.stdin.buffer.readline():
+        if not block.endswith(b"\n"):
+            print(file=sys.stderr)
+        yield block.decode(sys.stdin.encoding or "utf-8", "surrogateescape")
 
 
 def typed_prompts() -> Iterator[str]:
     """One prompt after another from a terminal, with several processes from that of the first."""
-    lines = iter(sys.stdin)
+    lines = typed_lines()
     if processes()[1] > 1:
         from parts import parallel
 
-        lines = parallel.lines_of_process_0(sys.stdin)
+        lines = parallel.lines_of_process_0(lines)
     print("type a prompt, then Enter; Ctrl-D ends\n> ", end="", file=sys.stderr, flush=True)
     for line in lines:
         if line.strip():
@@ -64,7 +78,7 @@ def converse(
             alone = turn_ids(prompt, [], tokenizer, args, context)
             ids = turn_ids(prompt, said, tokenizer, args, math.inf, history)
         except ValueError as problem:  # it would be too long alone, or a template refuses it
-            print(f"error: {printable(str(problem))}", file=sys.stderr)
+            say_error(problem)
             continue
         if len(ids) > context:
             print("[the context is full: the conversation begins anew]", file=sys.stderr)

@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 import sys
+import tempfile
 from pathlib import Path
 
 import safetensors
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 import llama3_from_scratch as llama
-from parts import processes, vocabulary
+from parts import first_line, printable, processes, vocabulary
+from parts.files import written_whole
 
 
 def check_finite(logits: Tensor, weights: llama.Weights) -> None:
@@ -33,8 +35,7 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], about: dict[str, 
 
     As safetensors.torch.save_file does, but without numpy. Nothing half-written is left behind.
     """
-    target = Path(path).resolve()
-    part = target.with_name(f"{target.name}.part")
+    target = place_of(path)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     held = {
         name: safetensors.TensorSpec(
@@ -46,15 +47,18 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], about: dict[str, 
         for name, tensor in tensors.items()
     }
     try:
-        part.touch()
-        mode = part.stat().st_mode  # safetensors would leave a file that only its owner can read
-        safetensors.serialize_file(held, part, metadata=about)
-        part.chmod(mode)
-        part.replace(target)
+        with written_whole(target) as part:
+            safetensors.serialize_file(held, part, metadata=about)
     except (OSError, safetensors.SafetensorError) as problem:
         raise ValueError(f"{path}: cannot be written ({problem})") from None
-    finally:
-        part.unlink(missing_ok=True)
+
+
+def place_of(path: str | Path) -> Path:
+    """Where a file is to be written, behind all links. ValueError for a path that leads nowhere."""
+    try:
+        return Path(path).resolve()
+    except (OSError, RuntimeError, ValueError) as problem:  # links in a circle, a NUL
+        raise ValueError(f"{path}: cannot be written ({first_line(problem)})") from None
 
 
 # ------------------------------------------------------------------------------------ probes
@@ -207,15 +211,16 @@ def save_trace(path: str, tokens: Tensor, model: llama.Model, about: dict[str, s
         traced(tokens, model)
         return
     weights, params, tokenizer = model
-    target = Path(path).resolve()
-    if target.exists() and not (target.is_file() and is_trace(target)):
-        raise ValueError(f"{path}: the trace would take the place of something else")
-    part = target.with_name(f"{target.name}.part")
-    try:  # can it be written there? Better known before the pass than after it
-        part.touch()
-        part.unlink()
+    target = place_of(path)
+    try:
+        if target.exists() and not (target.is_file() and is_trace(target)):
+            raise ValueError(f"{path}: the trace would take the place of something else")
+        with tempfile.TemporaryFile(
+            dir=target.parent
+        ):  # better known before the pass than after it
+            pass
     except OSError as problem:
-        raise ValueError(f"{path}: cannot be written ({problem})") from None
+        raise ValueError(f"{path}: cannot be written ({problem.strerror})") from None
     trace = traced(tokens, model)
     whole = params.get("whole", params) | {"n_layers": params["n_layers"]}
     dtype = str(weights["norm.weight"].dtype).removeprefix("torch.")
@@ -227,7 +232,7 @@ def save_trace(path: str, tokens: Tensor, model: llama.Model, about: dict[str, s
     save_tensors(path, trace, about)
     viewer = Path(__file__).resolve().parents[1] / "tools" / "viewer.html"
     print(
-        f"{path}: {len(trace)} tensors, {target.stat().st_size / 1e6:.1f} MB; to look at them open "
-        f"{viewer.as_uri()} in a browser and drop the file there",
+        f"{printable(path)}: {len(trace)} tensors, {target.stat().st_size / 1e6:.1f} MB; to look at them "
+        f"open {viewer.as_uri()} in a browser and drop the file there",
         file=sys.stderr,
     )

@@ -7,7 +7,6 @@ file. The script calls `load_model`.
 
 import contextlib
 import functools
-import hashlib
 import importlib.util
 import itertools
 import json
@@ -21,14 +20,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import blobfile
 import safetensors
 import torch
 from torch import Tensor
 
 import llama3_from_scratch as llama
 from llama3_from_scratch import Params, Weights
-from parts import archives, config, eager, first_line, processes
+from parts import archives, config, eager, first_line, printable, processes
 from parts.naming import (
     ADAPTER,
     HUGGING_FACE,
@@ -40,6 +38,7 @@ from parts.naming import (
     rows_in_pairs,
     unwrapped,
 )
+from parts.remote import local_copy
 
 Convert = Callable[[str, Tensor], Tensor]  # what another layout does to a tensor of this name
 Shards = dict[str, Weights]  # tensors by Meta's names, by file
@@ -280,7 +279,7 @@ def free_memory(device: str) -> float:
 def check_memory(params: Params, numbers: int, device: str, itemsize: int, positions: int) -> None:
     """Weights (so many numbers) and cache of this run, known from headers alone, against what is free."""
     sharing = (
-        int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device == "cpu" else 1
+        int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device == "cpu" and processes()[1] > 1 else 1
     )  # one memory for all
     weights = sharing * numbers * itemsize
     cache = (
@@ -547,98 +546,6 @@ def tokenizer_of(path: Path, places: list[Path]) -> Any:
     raise ValueError(f"{path}: neither tokenizer.model nor tokenizer.json is beside it")
 
 
-# ------------------------------------------------------------------------------------ remote folders
-
-
-CHECKPOINT_FILE = re.compile(
-    r"(.*/)?(consolidated\.\d+\.pth|params\.json|tokenizer\.model|tokenizer\.json|config\.json"
-    r"|(tokenizer_config|special_tokens_map|generation_config)\.json|chat_template\.jinja"
-    r"|model.*\.safetensors(\.index\.json)?|llama3.*\.pth)"
-)
-
-
-def remote_files(url: str) -> dict[str, Any]:
-    """What a checkpoint needs of a remote folder: blobfile's stat of each file, by its path in the folder."""
-    names = sorted(name.rstrip("/") for name in blobfile.listdir(url))
-    if "original" in names:
-        names += [f"original/{name}" for name in sorted(blobfile.listdir(f"{url}/original"))]
-    wanted = [name for name in names if CHECKPOINT_FILE.fullmatch(name)]
-    if any(
-        name.startswith("original/consolidated") for name in wanted
-    ):  # one of the two layouts is enough
-        wanted = [name for name in wanted if name.startswith("original/")]
-    if not wanted:
-        raise ValueError(f"no checkpoint there, it holds {', '.join(names[:5]) or 'nothing'}")
-    return {name: blobfile.stat(f"{url}/{name}") for name in wanted}
-
-
-def copy_file(url: str, target: Path, size: int, progress: Callable[[int], None]) -> None:
-    """Copies one file next to its target and renames it when it is whole."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
-    try:
-        with blobfile.BlobFile(url, "rb", streaming=True) as source, open(part, "wb") as copy:
-            while block := source.read(2**22):
-                copy.write(block)
-                progress(copy.tell())
-        if part.stat().st_size != size:
-            raise ValueError(f"{part.stat().st_size} bytes came, {size} were announced")
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def cached_copy(url: str, cache_dir: str | None = None) -> Path:
-    """Copies what a checkpoint needs from a remote folder into a cache folder, once; returns that folder.
-
-    url: what blobfile reads (gs://…, az://…, https://….blob.core.windows.net/…), a folder or a file in it. An
-    interrupted copy goes on with the files that are missing. A file that has changed (size or modification
-    time) is copied again, one that is gone is deleted.
-    """
-    file, url = "", url.rstrip("/")
-    if CHECKPOINT_FILE.fullmatch(url.rsplit("/", 1)[-1]):
-        url, file = url.rsplit("/", 1)
-    root = Path(
-        cache_dir or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "llama3_from_scratch"
-    )
-    key = hashlib.sha256(url.encode()).hexdigest()[:12]
-    folder, where = root.expanduser() / f"{url.rsplit('/', 1)[-1]}-{key}", url
-    blobfile.configure(
-        retry_limit=3, log_callback=lambda message: None
-    )  # else it retries for ever, and aloud
-    try:
-        stats = remote_files(url)
-        total, done = sum(stat.size for stat in stats.values()), 0
-        for old in folder.rglob("*.copied"):
-            if old.relative_to(folder).as_posix().removesuffix(".copied") not in stats:
-                old.with_suffix("").unlink(missing_ok=True)
-                old.unlink()
-        for name, stat in stats.items():
-            target, mark, version = (
-                folder / name,
-                folder / f"{name}.copied",
-                f"{stat.size} {stat.mtime}",
-            )
-            if not (target.is_file() and mark.is_file() and mark.read_text() == version):
-
-                def progress(copied: int, done: int = done) -> None:
-                    part = (done + copied) / max(1, total)
-                    bar = f"[{'#' * int(30 * part):30}] {part:4.0%} of {total / 1e9:.2f} GB"
-                    print(f"\r{url} {bar}", end="", file=sys.stderr)
-
-                where = f"{url}/{name}"
-                mark.unlink(missing_ok=True)
-                copy_file(where, target, stat.size, progress)
-                mark.write_text(version)
-                print(file=sys.stderr)
-            done += stat.size
-    except Exception as problem:  # each cloud has its own
-        raise ValueError(
-            f"{where}: not copied ({first_line(problem)}); what is whole is kept"
-        ) from None
-    return folder / file
-
-
 # ------------------------------------------------------------------------------------ which layout is it?
 
 
@@ -803,20 +710,6 @@ def layouts_of_file(file: Path) -> dict[str, Callable[[], Opened]]:
     )
 
 
-def local_copy(path: str | Path, cache_dir: str | None) -> Path:
-    """A path on this machine; of a remote folder, a copy of it."""
-    try:
-        if "://" not in str(path):
-            return Path(path).expanduser()
-        if processes()[1] == 1:
-            return cached_copy(str(path), cache_dir)
-        from parts import parallel
-
-        return parallel.one_after_the_other(lambda: cached_copy(str(path), cache_dir))
-    except RuntimeError as problem:  # ~nobody
-        raise ValueError(f"{path}: {first_line(problem)}") from None
-
-
 def downloaded(name: str) -> Path | None:
     """The folder of a model that weights/download.py knows by this name; None if it knows none."""
     file = llama.HERE / "weights" / "download.py"
@@ -949,8 +842,9 @@ def load_model(
         weights = llama.load_weights(shards, params, device, dtype, join)
     eager.keep_freed_memory()
     if not quiet:
+        where, words = printable(path), printable(words)  # of file names
         print(
-            f"{path}: {words}, {n_layers or of} of {of} layers, {count / 1e6:,.1f} M parameters, "
+            f"{where}: {words}, {n_layers or of} of {of} layers, {count / 1e6:,.1f} M parameters, "
             f"{str(dtype).removeprefix('torch.')}, head {'' if tied else 'not '}tied, "
             f"{count * dtype.itemsize / 1e9:.3g} GB on {device}, {time.perf_counter() - started:.1f} s",
             file=sys.stderr,

@@ -35,10 +35,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import llama3_from_scratch as llama
-from parts import first_line, processes
+from parts import first_line, printable, processes
+from parts.files import delete_unfinished
 from parts.inside import compose
 
 PATIENCE = 20  # seconds without a sign of life after which a process is given up
+TOLD_TO_END = {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # Windows has no SIGHUP
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -313,7 +315,7 @@ def within(seconds: float, work: Callable[[], Any]) -> Any:
     return answers[0] if answers else None
 
 
-def ending(store: Any, stderr: Any, half_written: list[Path]) -> Callable[..., None]:
+def ending(store: Any, stderr: Any) -> Callable[..., None]:
     """A function end(text, code): this process ends, and with it all others; text is told once a machine.
 
     What the first to fail has to say is left in the store, where the others' `watch` finds it.
@@ -332,11 +334,10 @@ def ending(store: Any, stderr: Any, half_written: list[Path]) -> Callable[..., N
         reason, first = found or (f"{code} {text}", local == ("1" if rank == local else "0"))
         number, _, text = reason.partition(" ")
         if first and text:
-            print("\n" * stderr.isatty() + f"error: {text}", file=stderr, flush=True)
+            print("\n" * stderr.isatty() + f"error: {printable(text)}", file=stderr, flush=True)
         if first and os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
             time.sleep(3)  # torchrun may take the store along: let the other machines look
-        for path in half_written:
-            path.unlink(missing_ok=True)
+        delete_unfinished()
         os._exit(int(number))
 
     return end
@@ -375,7 +376,7 @@ def watch(
             signals = wakeup.recv(64)
             if signal.SIGINT in signals:
                 end("interrupted", 130)
-            if signal.SIGTERM in signals:
+            if TOLD_TO_END & {*signals}:
                 end(
                     "another process has ended, or all were told to; torchrun's own report says which",
                     1,
@@ -395,27 +396,43 @@ def meeting_place(rank: int) -> Any:
         raise ValueError(f"{what} ({first_line(problem)})") from None
 
 
+def number_of(key: str, low: int, high: int) -> int:
+    """A number that torchrun leaves in the environment. ValueError for one that makes no sense."""
+    found = os.environ.get(key)
+    if found is None:
+        raise ValueError(f"WORLD_SIZE is set, but {key} is not; torchrun sets all that is needed")
+    if not re.fullmatch(r"[0-9]{1,9}", found) or not low <= int(found) <= high:
+        expected = f"expected a number from {low} to {high}"
+        raise ValueError(f"{key} is {found[:40]!r}, {expected}; torchrun sets it")
+    return int(found)
+
+
+def place_among_all() -> tuple[int, int, int]:
+    """RANK, WORLD_SIZE and LOCAL_RANK, once everything that torchrun sets has been looked at."""
+    N = number_of("WORLD_SIZE", 1, 10**6)
+    rank, local = number_of("RANK", 0, N - 1), number_of("LOCAL_RANK", 0, N - 1)
+    number_of("MASTER_PORT", 1, 65535)
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        number_of("LOCAL_WORLD_SIZE", local + 1, N)
+    if not os.environ.get("MASTER_ADDR"):
+        raise ValueError("MASTER_ADDR is missing or empty; torchrun sets all that is needed")
+    return rank, N, local
+
+
 def run_together(
     parse: Callable[..., argparse.Namespace],
     argv: list[str] | None,
     run: Callable[[argparse.Namespace], None],
 ) -> int:
     """The script's parse and run, in each process that torchrun has started. Returns the exit code."""
-    for key in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if key not in os.environ:
-            raise ValueError(
-                f"WORLD_SIZE is set, but {key} is not; torchrun sets all that is needed"
-            )
-    try:
-        rank, N, local = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    except ValueError:
-        raise ValueError(
-            "RANK, WORLD_SIZE and LOCAL_RANK must be numbers; torchrun sets them"
-        ) from None
+    rank, N, local = place_among_all()
+    with open(os.devnull, "w") as nowhere, contextlib.suppress(ValueError):
+        with contextlib.redirect_stdout(nowhere if rank else sys.stdout):
+            parse(argv)  # --help ends here, before they meet; what is wrong, process 0 will tell
     wakeup, alarm = socket.socketpair()
     alarm.setblocking(False)
     signal.set_wakeup_fd(alarm.fileno(), warn_on_full_buffer=False)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, *TOLD_TO_END):
         signal.signal(number, lambda *_: None)
     alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
     if alone and sys.platform == "linux":
@@ -427,11 +444,10 @@ def run_together(
     # How long the group waits is for the watch to decide: a process may load, compile, or wait for a user.
     store.set_timeout(timedelta(days=10))
     stderr = sys.stderr
-    half_written: list[Path] = []
     if rank:
         sys.stdout = sys.stderr = open(os.devnull, "w")
         os.environ["PYTHONBREAKPOINT"] = "0"  # only process 0 has somebody before it
-    end, done = ending(own, stderr, half_written), threading.Event()
+    end, done = ending(own, stderr), threading.Event()
     watcher = threading.Thread(target=watch, args=(own, end, wakeup, done), daemon=True)
     watcher.start()
     try:
@@ -448,8 +464,6 @@ def run_together(
                 f"the processes cannot connect ({first_line(problem)}); {advice}"
             ) from None
         args = parse(argv)
-        if args.save_trace and rank == 0:
-            half_written.append(Path(f"{Path(args.save_trace).resolve()}.part"))
         flags = {
             "--" * (key != "prompt") + key.replace("_", "-"): value
             for key, value in vars(args).items()

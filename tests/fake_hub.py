@@ -52,6 +52,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def do_HEAD(self):
         hub, (path, _, query) = self.server.hub, self.path.partition("?")
         hub.requests.append((self.command, path, self.headers["Range"]))
+        if hub.instead is not None and hub.instead(self, path):
+            return
         if hub.page is not None:
             return self.answer(200, hub.page)
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)", path):
@@ -110,10 +112,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def fake_hub(repos, gated=(), token="hf_right"):
     """A running hub. repos: name -> path -> bytes. Gone, with its threads, at the end of the with block.
 
-    Of what it yields: url; requests, a list of (method, path, Range header); page, an answer to give instead
-    of all others; faults, which a test fills: by file name a list of (kind, number), one for each coming GET.
-    ("cut", n) ends the connection after byte n, ("hang", n) sends nothing more after it, ("spoil", n) changes
-    some bytes there, ("fail", n) answers with status n.
+    Of what it yields: url; requests, a list of (method, path, Range header); page, an answer to give
+    instead of all others; instead, a function of the handler and the path that answers, or returns False;
+    faults, which a test fills: by file name a list of (kind, number), one for each coming GET. ("cut", n)
+    ends the connection after byte n, ("hang", n) sends nothing more after it, ("spoil", n) changes some
+    bytes there, ("fail", n) answers with status n.
     """
     hub = types.SimpleNamespace(
         repos=repos,
@@ -122,6 +125,7 @@ def fake_hub(repos, gated=(), token="hf_right"):
         requests=[],
         faults={},
         page=None,
+        instead=None,
         over=threading.Event(),
     )
     servers = [http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) for _ in range(2)]

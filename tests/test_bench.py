@@ -41,10 +41,10 @@ def test_who_cannot_take_part_is_named(tmp_path, monkeypatch):
         bench.ask(process, 9, 3)
     monkeypatch.delenv("GPT_FAST")
     with pytest.raises(ValueError, match="^gpt-fast: set GPT_FAST to the path of its checkout$"):
-        bench.main([str(TINY), "--peers", "gpt-fast"])
+        bench.run([str(TINY), "--peers", "gpt-fast"])
     monkeypatch.setenv("GPT_FAST", str(tmp_path / "gone"))
     with pytest.raises(ValueError, match="^gpt-fast: set GPT_FAST to the path of its checkout$"):
-        bench.main([str(TINY), "--peers", "gpt-fast"])
+        bench.run([str(TINY), "--peers", "gpt-fast"])
 
     def missing(package):
         raise importlib.metadata.PackageNotFoundError(package)
@@ -53,7 +53,7 @@ def test_who_cannot_take_part_is_named(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match="^llama.cpp is not installed: pip install llama-cpp-python$"
     ):
-        bench.main([str(TINY), "--peers", "llama.cpp"])
+        bench.run([str(TINY), "--peers", "llama.cpp"])
 
 
 def test_the_table_in_words_and_ratios():

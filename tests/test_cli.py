@@ -334,6 +334,20 @@ def test_without_a_prompt_a_terminal_is_asked_again_and_again():
     assert terminal.ended() == 0
 
 
+def test_odd_lines_do_not_end_a_conversation():
+    """Ctrl-D in the middle of a line ends the line, and bytes that are no text are one line of error."""
+    terminal = Terminal("--max-new-tokens", "5", "--show", "none")
+    terminal.until(r"> $")
+    os.write(terminal.fd, b"Once \xff upon\n")
+    assert "error: the prompt is not valid UTF-8" in terminal.until(r"error.*\n> $")
+    terminal.type("Once upon a time\x04")
+    assert "Once upon a time, " in terminal.until(r"peak memory.*\n> $")
+    terminal.type("Once\n")
+    terminal.until(r"peak memory.*\n> $")
+    terminal.type("\x04")
+    assert terminal.ended() == 0
+
+
 def test_ctrl_c_keeps_what_was_written(checkpoint):
     process = subprocess.Popen(
         [

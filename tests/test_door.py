@@ -1,5 +1,7 @@
 """parts/layouts.py: every layout becomes Meta's, and nothing broken gets in."""
 
+import concurrent.futures
+import hashlib
 import io
 import json
 import os
@@ -7,9 +9,12 @@ import pickle
 import re
 import shutil
 import sys
+import threading
+import time
 import warnings
 from pathlib import Path
 
+import blobfile
 import pytest
 import torch
 from conftest import ROOT, SMALL, full_params, relative_error, some_tokens
@@ -17,7 +22,7 @@ from references import hugging_face_model, metas_reference, to_halves
 from safetensors.torch import load_file, save_file
 
 import llama3_from_scratch as llama
-from parts import layouts, naming, vocabulary
+from parts import layouts, naming, remote, vocabulary
 from parts.chat import chat_message
 from tools.random_checkpoint import made_up_tokenizer, random_weights, write_checkpoint
 
@@ -431,7 +436,7 @@ def test_llama_2_without_sentencepiece_says_so(tmp_path, monkeypatch):
 @pytest.fixture
 def bucket(tmp_path, monkeypatch):
     """gs://bucket/… is the folder tmp_path/bucket/…, for what is used of blobfile. Lists what is copied."""
-    blobfile, copied = layouts.blobfile, []
+    copied = []
     real = blobfile.listdir, blobfile.stat, blobfile.BlobFile
 
     def local(url):
@@ -472,19 +477,19 @@ def test_remote_folders_are_copied_once(bucket, checkpoint, tmp_path, capsys):
 
 def test_an_interrupted_copy_goes_on(bucket, checkpoint, tmp_path, monkeypatch):
     checkpoint(name="bucket/llama", shards=2)
-    open_blob = layouts.blobfile.BlobFile
+    open_blob = blobfile.BlobFile
 
     def broken(url, *arguments, **options):
         if url.startswith("gs://") and url.endswith("01.pth"):
             raise OSError("connection lost")
         return open_blob(url, *arguments, **options)
 
-    monkeypatch.setattr(layouts.blobfile, "BlobFile", broken)
+    monkeypatch.setattr(blobfile, "BlobFile", broken)
     with pytest.raises(
         ValueError, match=r"gs://bucket/llama/consolidated.01.pth: not copied \(connection lost\)"
     ):
         llama.load_model("gs://bucket/llama", cache_dir=tmp_path / "cache")
-    monkeypatch.setattr(layouts.blobfile, "BlobFile", open_blob)
+    monkeypatch.setattr(blobfile, "BlobFile", open_blob)
     bucket.clear()
     llama.load_model("gs://bucket/llama", cache_dir=tmp_path / "cache")
     assert sorted(bucket) == ["consolidated.01.pth", "params.json", "tokenizer.model"]
@@ -500,6 +505,137 @@ def test_an_interrupted_copy_goes_on(bucket, checkpoint, tmp_path, monkeypatch):
     )
     with pytest.raises(ValueError, match="gs://bucket/nothing"):
         llama.load_model("gs://bucket/nothing", cache_dir=tmp_path / "cache")
+
+
+@pytest.fixture
+def checksums(bucket, tmp_path, monkeypatch):
+    """The bucket says the md5 of its files, as most stores do. Lists which files are hashed here."""
+    stat, hash_of, hashed = blobfile.stat, remote.hash_of, []
+
+    def with_md5(url):
+        content = (tmp_path / url.removeprefix("gs://")).read_bytes()
+        return stat(url)._replace(md5=hashlib.md5(content).hexdigest(), version="1")
+
+    monkeypatch.setattr(blobfile, "stat", with_md5)
+    monkeypatch.setattr(remote, "hash_of", lambda *a: hashed.append(a[0].name) or hash_of(*a))
+    return hashed
+
+
+def hole(path):
+    """The same size, but zeros in the middle: what two copies into one file have left."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3 : len(content) // 3 + 999] = bytes(999)
+    path.write_bytes(content)
+
+
+def test_a_damaged_copy_is_noticed_and_made_again(bucket, checksums, checkpoint, tmp_path):
+    folder, cache = checkpoint(name="bucket/llama"), tmp_path / "cache"
+    expected = llama.load_model(folder)[0]["output.weight"]
+    llama.load_model("gs://bucket/llama", cache_dir=cache)
+    (copy,) = cache.rglob("consolidated.00.pth")
+    llama.load_model("gs://bucket/llama", cache_dir=cache)
+    assert checksums == []  # nothing was written to since
+    os.utime(copy, (5, 5))
+    bucket.clear()
+    llama.load_model("gs://bucket/llama", cache_dir=cache)
+    assert (checksums, bucket) == (["consolidated.00.pth"], [])  # written to, but the same
+    hole(copy)
+    assert torch.equal(
+        llama.load_model("gs://bucket/llama", cache_dir=cache)[0]["output.weight"], expected
+    )
+    assert bucket == ["consolidated.00.pth"]
+
+    # a copy of an older version, which noted only size and time
+    hole(copy)
+    for mark in cache.rglob("*.copied.json"):
+        mark.unlink()
+        stat = os.stat(folder / mark.name.removesuffix(".copied.json"))
+        mark.with_suffix("").write_text(f"{stat.st_size} {stat.st_mtime}")
+    bucket.clear()
+    llama.load_model("gs://bucket/llama", cache_dir=cache)
+    assert (
+        bucket == ["consolidated.00.pth"] and copy.read_bytes() == (folder / copy.name).read_bytes()
+    )
+    assert not list(cache.rglob("*.copied"))
+
+
+def test_an_older_copy_without_checksums_anywhere_is_made_again(bucket, checkpoint, tmp_path):
+    cache = tmp_path / "cache"
+    checkpoint(name="bucket/llama")
+    llama.load_model("gs://bucket/llama", cache_dir=cache)
+    for mark in cache.rglob("*.copied.json"):
+        mark.write_text("{}" if "params" in mark.name else "[1")
+    bucket.clear()
+    llama.load_model("gs://bucket/llama", cache_dir=cache)
+    assert sorted(bucket) == ["consolidated.00.pth", "params.json", "tokenizer.model"]
+
+
+def test_damage_on_the_way_from_a_bucket_is_found(checksums, checkpoint, tmp_path, monkeypatch):
+    checkpoint(name="bucket/llama")
+    open_blob = blobfile.BlobFile
+
+    def spoilt(url, *arguments, **options):
+        if not url.startswith("gs://") or not url.endswith(".pth"):
+            return open_blob(url, *arguments, **options)
+        content = bytearray((tmp_path / url.removeprefix("gs://")).read_bytes())
+        content[5000] ^= 1
+        return io.BytesIO(content)
+
+    monkeypatch.setattr(blobfile, "BlobFile", spoilt)
+    with pytest.raises(ValueError, match=r"00.pth: not copied \(damaged on the way: md5"):
+        llama.load_model("gs://bucket/llama", cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache").rglob("*.pth*"))
+
+
+def test_a_file_that_changes_while_it_is_copied(bucket, checkpoint, tmp_path, monkeypatch):
+    folder = checkpoint(name="bucket/llama")
+    open_blob = blobfile.BlobFile
+
+    def touching(url, *arguments, **options):
+        if url.endswith(".pth"):
+            os.utime(folder / "consolidated.00.pth", (7, 7))
+        return open_blob(url, *arguments, **options)
+
+    monkeypatch.setattr(blobfile, "BlobFile", touching)
+    with pytest.raises(ValueError, match="it was changed while it was copied"):
+        llama.load_model("gs://bucket/llama", cache_dir=tmp_path / "cache")
+
+
+def test_of_two_runs_at_once_one_copies(bucket, checkpoint, tmp_path, monkeypatch, capsys):
+    """The other waits, and finds all of it there; what a killed run has left is swept away."""
+    folder, cache = checkpoint(name="bucket/llama"), tmp_path / "cache"
+    open_blob, waiting = blobfile.BlobFile, threading.Event()
+    locked = remote.locked
+
+    def slow(url, *arguments, **options):
+        if url.endswith(".pth"):
+            assert waiting.wait(30)
+        return open_blob(url, *arguments, **options)
+
+    def watched(path, words):
+        if threading.current_thread() is not threading.main_thread():
+            waiting.set()
+        return locked(path, words)
+
+    monkeypatch.setattr(blobfile, "BlobFile", slow)
+    monkeypatch.setattr(remote, "locked", watched)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+
+        def second():
+            while not list(cache.rglob(".consolidated*.part")):
+                time.sleep(0.01)
+            return remote.cached_copy("gs://bucket/llama", cache)
+
+        other = pool.submit(second)
+        first = remote.cached_copy("gs://bucket/llama", cache)
+        assert other.result(30) == first
+    assert sorted(bucket) == ["consolidated.00.pth", "params.json", "tokenizer.model"]
+    assert (first / "consolidated.00.pth").read_bytes() == (
+        folder / "consolidated.00.pth"
+    ).read_bytes()
+    assert "another run copies it" in capsys.readouterr().err
+    (first / ".consolidated.00.pth.0123456789ab.part").write_bytes(b"half")
+    assert remote.cached_copy("gs://bucket/llama", cache) == first and not list(first.glob(".*"))
 
 
 # ------------------------------------------------------------------------------------ memory

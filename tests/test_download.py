@@ -1,7 +1,10 @@
 """weights/download.py against a small hub on loopback: what it fetches, resumes, checks and refuses."""
 
+import contextlib
+import gzip
 import json
 import os
+import resource
 import shlex
 import signal
 import socket
@@ -12,10 +15,10 @@ import time
 import pytest
 import torch
 from conftest import ROOT, SMALL
-from fake_hub import fake_hub
+from fake_hub import COMMIT, fake_hub
 
 import llama3_from_scratch as llama
-from tools.random_checkpoint import random_checkpoint
+from tools.random_checkpoint import MARK, random_checkpoint
 
 META, RASBT = "meta-llama/Llama-3.2-1B", "rasbt/llama-3.2-from-scratch"
 SMOLLM = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -25,7 +28,7 @@ CUT = 12_000_000
 
 
 def files_of(folder, prefix="original/"):
-    return {prefix + path.name: path.read_bytes() for path in folder.iterdir()}
+    return {prefix + path.name: path.read_bytes() for path in folder.iterdir() if path.name != MARK}
 
 
 def rasbts_files(folder, params):
@@ -185,7 +188,9 @@ def refused(result, *says):
 
 
 def content_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "source.txt"}
+    """What it has brought, without what it notes of it."""
+    notes = ("source.txt", ".checksums.json", ".lock")
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in notes}
 
 
 def originals(repo):
@@ -474,3 +479,171 @@ def test_the_default_folder_is_one_that_git_ignores():
         text=True,
     )
     assert len(ignored.stdout.split()) == len(download.MODELS)
+
+
+# ------------------------------------------------------------------------ nonsense, damage, two at once
+
+
+@pytest.fixture
+def ask(hub, tmp_path, monkeypatch, capfd):
+    """ask(name, …) -> exit code, stdout and stderr of download.py, in this process, against the hub."""
+    from huggingface_hub import constants, file_download
+
+    from weights import download
+
+    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setenv("HF_TOKEN", "")
+
+    def run(name, folder=tmp_path / "to"):
+        code = download.main([name, "--to", str(folder)])
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(name, code, out, err)
+
+    return run
+
+
+SMALLEST = "Llama-3.1-8B-Instruct"
+
+
+def says(content, status=200, **headers):
+    """An answer to the question for the listing."""
+
+    def instead(handler, path):
+        if path.startswith("/api/"):
+            handler.answer(status, content, **headers)
+            return True
+
+    return instead
+
+
+def listing_with(**changes):
+    siblings = [{"rfilename": "original/params.json", "size": 5, "blobId": "a" * 40} | changes]
+    return says(json.dumps({"sha": COMMIT, "siblings": siblings}).encode())
+
+
+def endless(handler, path):
+    """A listing of 3 GB."""
+    if path.startswith("/api/"):
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(3 * 10**9))
+        handler.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(3000):
+                handler.wfile.write(b"[" * 10**6)
+        handler.close_connection = True
+        return True
+
+
+def circle(handler, path):
+    handler.answer(302, Location=path)
+    return True
+
+
+def bomb(handler, path):
+    """A small file that unpacks to 100 MB."""
+    if path.endswith("params.json") and "/resolve/" in path and handler.command == "GET":
+        handler.answer(200, gzip.compress(bytes(10**8)), Content_Encoding="gzip")
+        return True
+
+
+def later(header, value):
+    def instead(handler, path):
+        if path.endswith("params.json") and handler.command == "GET":
+            handler.answer(429, **{header: value})
+            return True
+
+    return instead
+
+
+NONSENSE = {
+    "a web page": (says(b"<html>"), "a page came instead of an answer"),
+    "cut short": (says(b'{"sha": "cc'), "a page came instead of an answer"),
+    "deep": (says(b"[" * 10**6), "a page came instead of an answer"),
+    "no UTF-8": (says(b"\xff\xfe"), "a page came instead of an answer"),
+    "not gzip": (says(b"{}", Content_Encoding="gzip"), "cannot be reached, or broke off"),
+    "null": (says(b"null"), "makes no sense"),
+    "a list": (says(b"[1]"), "makes no sense"),
+    "no commit": (says(b'{"siblings": []}'), "makes no sense"),
+    "a commit that leads elsewhere": (says(b'{"sha": "../..", "siblings": []}'), "makes no sense"),
+    "files that are a number": (
+        says(b'{"sha": "%s", "siblings": 7}' % (b"c" * 40)),
+        "makes no sense",
+    ),
+    "files that are texts": (
+        says(b'{"sha": "%s", "siblings": ["a"]}' % (b"c" * 40)),
+        "makes no sense",
+    ),
+    "no files": (says(b'{"sha": "%s", "siblings": []}' % (b"c" * 40)), "not there any more"),
+    "a negative size": (listing_with(size=-5), "makes no sense"),
+    "a size in words": (listing_with(size="5"), "makes no sense"),
+    "no checksum": (listing_with(blobId=None), "makes no sense"),
+    "an odd checksum": (listing_with(blobId="../../x"), "makes no sense"),
+    "a name that leads elsewhere": (
+        listing_with(rfilename="original/.."),
+        "called .., which is no name",
+    ),
+    "a name with an escape": (listing_with(rfilename="original/\x1b]0;x\x07"), "makes no sense"),
+    "a name of a megabyte": (listing_with(rfilename="original/" + "n" * 10**6), "which is no name"),
+    "a number for a name": (listing_with(rfilename=7), "makes no sense"),
+    "more than there is": (listing_with(size=2**49), "GB are to come"),
+    "3 GB": (endless, "more than 67 MB"),
+    "redirects in a circle": (circle, "Exceeded maximum allowed redirects"),
+    "an error page with an escape": (says(b"\x1b[2J", 500), "500 Internal Server Error"),
+    "thirty years, to the list": (
+        says(b"", 429, Retry_After=10**9),
+        "asks to wait 1000000000 seconds",
+    ),
+    "thirty years": (later("Retry_After", 10**9), "asks to wait 1000000000 seconds"),
+    "thirty years otherwise": (
+        later("RateLimit", '"api";r=0;t=999999999'),
+        "asks to wait 999999999 seconds",
+    ),
+    "a bomb": (bomb, "more came than the"),
+}
+
+
+@pytest.mark.parametrize("what", NONSENSE)
+def test_a_hub_that_answers_nonsense(ask, hub, tmp_path, what):
+    hub.instead, words = NONSENSE[what]
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    lines = refused(ask(SMALLEST), words)
+    assert len(lines[-1]) < 2500 and lines[-1].isprintable()
+    assert time.monotonic() - began < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # kB
+    there = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert all(path.parent == tmp_path / "to" and path.stat().st_size < 2000 for path in there)
+
+
+def test_a_damaged_or_changed_file_comes_again(ask, hub, tmp_path):
+    folder, expected = tmp_path / "to", originals(hub.repos[f"meta-llama/{SMALLEST}"])
+    assert ask(SMALLEST).returncode == 0
+    again = ask(SMALLEST)
+    assert "3 of 3 files are there already" in again.stderr and "checksum" not in again.stderr
+    shard = folder / "consolidated.00.pth"
+    content = bytearray(shard.read_bytes())
+    content[9000:9100] = bytes(100)
+    shard.write_bytes(content)
+    result = ask(SMALLEST)
+    assert "2 of 3 files" in result.stderr and "is not the hub's, and comes again" in result.stderr
+    assert (result.returncode, content_of(folder)) == (0, expected)
+    shard.write_bytes(content)  # and one of an older version, which noted nothing
+    (folder / ".checksums.json").unlink()
+    assert ask(SMALLEST).returncode == 0 and content_of(folder) == expected
+    os.utime(shard, (9, 9))  # touched, but the same
+    del hub.requests[:]
+    assert "3 of 3 files" in ask(SMALLEST).stderr and ranges(hub) == []
+
+
+def test_two_downloads_into_one_folder(hub, start, tmp_path):
+    """The second waits, and finds all of it there: nobody appends to what another one writes."""
+    hub.faults["original/consolidated.00.pth"] = [("cut", CUT)]
+    runs = [start("Llama-3.2-1B", "--to", tmp_path / "to") for _ in range(2)]
+    told = [process.communicate(timeout=60) for process in runs]
+    assert [process.returncode for process in runs] == [0, 0], told
+    assert content_of(tmp_path / "to") == originals(hub.repos[META])
+    assert sorted("3 of 3 files" in err for _, err in told) == [False, True]
+    assert sum("another run downloads into it" in err for _, err in told) <= 1
+    assert ranges(hub).count(0) == 1

@@ -449,13 +449,47 @@ def test_a_world_that_nobody_meant():
         ),
         (
             {"WORLD_SIZE": "x", **given},
-            "RANK, WORLD_SIZE and LOCAL_RANK must be numbers; torchrun sets them",
+            "WORLD_SIZE is 'x', expected a number from 1 to 1000000; torchrun sets it",
         ),
     ):
         command = [sys.executable, SCRIPT, "Hi"]
         clean = {key: value for key, value in os.environ.items() if key not in given}
         run = subprocess.run(command, capture_output=True, text=True, env=clean | env)
         assert (run.returncode, run.stdout, run.stderr) == (2, "", f"error: {message}\n")
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0'"),
+        ({"WORLD_SIZE": "-2"}, "WORLD_SIZE is '-2'"),
+        ({"WORLD_SIZE": "\u0662"}, "WORLD_SIZE is '\u0662'"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE is '9999"),
+        ({"RANK": "2"}, "RANK is '2', expected a number from 0 to 1"),
+        ({"RANK": "-1"}, "RANK is '-1'"),
+        ({"LOCAL_RANK": "1.0"}, "LOCAL_RANK is '1.0'"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT is '99999', expected a number from 1 to 65535"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR is missing or empty"),
+        ({"LOCAL_WORLD_SIZE": "many"}, "LOCAL_WORLD_SIZE is 'many'"),
+        ({"LOCAL_WORLD_SIZE": "3"}, "LOCAL_WORLD_SIZE is '3', expected a number from 1 to 2"),
+    ],
+)
+def test_what_torchrun_would_never_set(script, changes, says):
+    given = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    result = script("Hi", env=given | {"MASTER_PORT": "1"} | changes)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert result.stderr.startswith(f"error: {says}")
+
+
+def test_local_world_size_without_torchrun_is_nobodys_affair(script):
+    result = script("Hi", "--max-new-tokens", 1, env={"LOCAL_WORLD_SIZE": "many"})
+    assert result.returncode == 0
+
+
+def test_help_is_told_once_and_quickly():
+    code, out, err, errors = finished(torchrun(2, SCRIPT, "--help"), within=60)
+    assert (code, errors) == (0, []) and out.count("usage:") == 1 and "answer" not in err
 
 
 def test_a_mistake_of_ours_shows(tmp_path):

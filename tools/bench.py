@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -27,6 +28,8 @@ import time
 import traceback
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # quiet also while torch is imported
 os.environ["THP_MEM_ALLOC_ENABLE"] = os.environ.get(
     "THP_MEM_ALLOC_ENABLE", "1"
 )  # as the script does
@@ -38,6 +41,8 @@ import llama3_from_scratch as llama
 from parts import naming, vocabulary
 from parts.commandline import peak_memory
 from parts.eager import one_token_step, without_onednn
+from parts.files import local_path, written_whole
+from parts.programs import flags_of, run_program
 
 # ------------------------------------------------------------------------------------ the contenders
 # Each is a function (weights folder, device) -> (prefill, step): prefill(ids) reads a prompt from the start
@@ -67,7 +72,8 @@ def ours(folder, device, compiled=False):
             state["steps"] = llama.generate(
                 state["logits"], weights, params, state["cache"], state["at"], step=step
             )
-            assert int(next(state["steps"])) == token
+            if int(next(state["steps"])) != token:
+                raise RuntimeError(f"token {token} is not what prefill gave")
         return int(next(state["steps"]))
 
     return prefill, one
@@ -627,12 +633,8 @@ def chart(found, reach, path):
     figure.savefig(path, dpi=130)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def run(argv):
+    parser = flags_of(description=__doc__)
     add = parser.add_argument
     add("weights", help="a checkpoint in any layout, such as tools/random_checkpoint.py makes")
     add("--peers", nargs="*", default=[], choices=list(CONTENDERS), help="who else takes part")
@@ -687,7 +689,8 @@ def main(argv=None):
     if not args.quick:
         everything |= alone(args, params, size)
     if args.json:
-        Path(args.json).write_text(json.dumps(everything, indent=1))
+        with written_whole(local_path(args.json)) as part:
+            part.write_text(json.dumps(everything, indent=1))
 
 
 def alone(args, params, size):
@@ -736,8 +739,9 @@ def alone(args, params, size):
     return {"steps": [[*key, value] for key, value in seconds.items()], "cold": cold, "long": long}
 
 
+def main(argv=None):
+    return run_program(lambda: run(argv))
+
+
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, OSError) as problem:
-        sys.exit(f"error: {problem}")
+    sys.exit(main())

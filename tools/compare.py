@@ -12,14 +12,17 @@ mistakes are made on purpose, one after another, to see which of them gives the 
 Exit code: 0 if all agrees, 1 if something differs, 2 if the input is wrong.
 """
 
-import argparse
 import itertools
 import json
 import math
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # quiet also while torch is imported
 import safetensors
 import torch
 
@@ -33,6 +36,10 @@ from llama3_from_scratch import (
     rope_turns,
     rotate,
 )
+from parts import first_line, printable
+from parts.files import local_path
+from parts.layouts import free_memory
+from parts.programs import flags_of, run_program
 
 # ------------------------------------------------------------------------------------ known mistakes
 # A mistake changes what goes into forward (params, weights, tokens, positions), or gives a probe
@@ -632,25 +639,99 @@ def diagnose(theirs, tokens, weights, params, tolerances, most=3):
 # ------------------------------------------------------------------------------------ the command line
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+LARGEST_TOLERANCE = 0.1  # a relative error; beyond it "agrees" would mean nothing
+NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 def read_theirs(path, names):
     """Tensors and metadata of their file, under our names; ValueError in one line if it cannot be used."""
-    if Path(path).is_dir():
-        raise ValueError(f"{path}: a folder, not a safetensors file")
+    if not local_path(path).is_file():
+        found = "not a file" if Path(path).exists() else "no such file"
+        raise ValueError(f"{path}: {found}; a safetensors file is expected")
     try:
         with safetensors.safe_open(path, "pt") as file:
             held = {name: file.get_tensor(name) for name in file.keys()}  # it is no dict
             about = file.metadata() or {}
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (OSError, safetensors.SafetensorError) as problem:
-        raise ValueError(f"{path}: not a safetensors file ({problem})") from None
+    except Exception as problem:  # safetensors, torch and the system each have their own
+        raise ValueError(f"{path}: not a safetensors file ({first_line(problem)})") from None
     theirs = {names.get(name, name): tensor for name, tensor in held.items()}
     if len(theirs) < len(held):
         raise ValueError(f"{path}: with --map two tensors have the same name")
     absent = [name for name in names if name not in held]
     if absent:
-        raise ValueError(f"{path}: no tensor {absent[0]}, which --map names")
+        raise ValueError(f"{path}: no tensor {printable(absent[0], 100)}, which --map names")
     return theirs, about
+
+
+def told_by(path, about):
+    """What a trace's metadata says of the run, within the bounds of flags: layers, RoPE factor, dtype."""
+    try:
+        params = json.loads(about.get("params", "{}"))  # the script writes it into its traces
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(f"{path}: params in its metadata is no JSON ({problem})") from None
+    if not isinstance(params, dict):
+        raise ValueError(
+            f"{path}: params in its metadata is {printable(repr(params), 60)}, no object"
+        )
+    told = {"n_layers": None, "rope_scaling_factor": None}
+    for key, kinds, low, high in (
+        ("n_layers", (int,), 1, 1000),
+        ("rope_scaling_factor", (int, float), 1, 1000),
+    ):
+        value = params.get(key)
+        if value is None or key == "rope_scaling_factor" and not params.get("use_scaled_rope"):
+            continue
+        if type(value) not in kinds or not low <= value <= high:
+            raise ValueError(
+                f"{path}: {key} in its metadata is {printable(repr(value), 60)}, expected a number from "
+                f"{low} to {high}"
+            )
+        told[key] = value
+    dtype = about.get("dtype")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(
+            f"{path}: dtype in its metadata is {printable(repr(dtype), 60)}, expected one of "
+            f"{', '.join(DTYPES)}"
+        )
+    return told | {"dtype": dtype}
+
+
+def check_theirs(path, theirs, known):
+    """ValueError unless the tensors that are to be compared are plain finite numbers (of scores -inf too)."""
+    for name in known:
+        kind, shape = theirs[name].dtype, tuple(theirs[name].shape)
+        if kind not in NUMBERS or not theirs[name].numel():
+            raise ValueError(f"{path}: {name} is {kind} {shape}; real numbers are expected")
+        bad = theirs[name].isnan() | (theirs[name].isinf() & (not name.endswith("scores")))
+        if bad.any():
+            place = bad.nonzero()[0].tolist()
+            raise ValueError(f"{path}: {name} holds {theirs[name][tuple(place)]} at {place}")
+
+
+def not_finite(trace):
+    """The first tensor of a pass of ours that is not finite (of scores -inf is meant); None if all are."""
+    for name, (x, *_) in trace.items():
+        bad = ~x.isfinite()
+        if name.endswith("scores"):
+            bad &= x != -math.inf
+        if bad.any():
+            return name
+
+
+def check_memory(params, T):
+    """ValueError if passes over T tokens need more than the memory that is free: ours, one with a mistake."""
+    D, F, V = params["dim"], params["ffn_dim"], params["vocab_size"]
+    H, K, E = params["n_heads"], params["n_kv_heads"], params["head_dim"]
+    layer = 6 * D + 3 * F + 2 * H * E + 3 * K * E + H * E + 2 * H * T
+    pass_of_float32 = 4 * T * (params["n_layers"] * layer + 2 * D + V)
+    needed = 2 * pass_of_float32 + 8 * 4 * T * max(H * T, V, F)
+    free = free_memory("cpu")
+    if needed > free:
+        raise ValueError(
+            f"to compare {T:,} tokens takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; "
+            "a dump of some hundred tokens shows as much"
+        )
 
 
 def reference_tokens(args, theirs, about, tokenizer, params):
@@ -659,6 +740,7 @@ def reference_tokens(args, theirs, about, tokenizer, params):
     if given is not None:
         if (
             given.dtype not in (torch.int64, torch.int32)
+            or not given.dim()
             or given.numel() != given.shape[-1]
             or not given.numel()
         ):
@@ -675,7 +757,9 @@ def reference_tokens(args, theirs, about, tokenizer, params):
     if prompt is not None and not (args.prompt is None and given is not None):
         ids = [*begin, *encode(tokenizer, prompt)]
         lengths = {
-            x.shape[-2] for name, x in theirs.items() if name == "tok_embeddings" or "_norm" in name
+            x.shape[-2]
+            for name, x in theirs.items()
+            if x.dim() > 1 and (name == "tok_embeddings" or "_norm" in name)
         }
         expected = ids
         if given is None and lengths:
@@ -702,21 +786,32 @@ def run(args):
     names = {}
     if args.map:
         try:
+            if not local_path(args.map).is_file():
+                raise ValueError("no such file")
             names = json.loads(Path(args.map).read_text(encoding="utf-8"))
             if not isinstance(names, dict) or not all(isinstance(x, str) for x in names.values()):
                 raise ValueError("expected an object from their names to ours")
-        except (OSError, ValueError, TypeError, AttributeError) as problem:
-            raise ValueError(f"{args.map}: {problem}") from None
+        except (OSError, ValueError, RecursionError) as problem:
+            said = str(problem).removeprefix(f"{args.map}: ")
+            raise ValueError(f"{args.map}: {said}") from None
     theirs, about = read_theirs(args.theirs, names)
-    told = json.loads(about.get("params", "{}"))  # the script writes it into its traces
+    told = told_by(args.theirs, about)
     weights, params, tokenizer = load_model(
-        args.weights, dtype=torch.float32, n_layers=told.get("n_layers"),
-        rope_scaling_factor=told.get("rope_scaling_factor") if told.get("use_scaled_rope") else None,
-    )  # fmt: skip
+        args.weights,
+        dtype=torch.float32,
+        n_layers=told["n_layers"],
+        rope_scaling_factor=told["rope_scaling_factor"],
+    )
     tokens, odd = reference_tokens(args, theirs, about, tokenizer, params)
+    check_memory(params, tokens.shape[1])
     G = params["n_heads"] // params["n_kv_heads"]
     with torch.no_grad():
         trace = make([], tokens, weights, params)
+        if (name := not_finite(trace)) is not None:
+            raise ValueError(
+                f"{args.weights}: {name} is not finite in the script's own pass; there is nothing to "
+                "compare with"
+            )
         known = [name for name in trace if name in theirs]
         unknown = [name for name in names.values() if name not in trace and name != "tokens"]
         if unknown:
@@ -724,20 +819,10 @@ def run(args):
         if not known:
             raise ValueError(
                 f"{args.theirs}: no tensor has a name that the script traces (such as {list(trace)[2]}); it "
-                f"holds {', '.join(list(theirs)[:4]) or 'nothing'}; --map FILE.json gives names"
+                f"holds {', '.join(printable(x, 60) for x in list(theirs)[:4]) or 'nothing'}; "
+                "--map FILE.json gives names"
             )
-        for name in known:
-            bad = theirs[name].isnan() | (theirs[name].isinf() & (not name.endswith("scores")))
-            if not theirs[name].is_floating_point() or not theirs[name].numel():
-                kind, shape = theirs[name].dtype, tuple(theirs[name].shape)
-                raise ValueError(
-                    f"{args.theirs}: {name} is {kind} {shape}; real numbers are expected"
-                )
-            if bad.any():
-                place = bad.nonzero()[0].tolist()
-                raise ValueError(
-                    f"{args.theirs}: {name} holds {theirs[name][tuple(place)]} at {place}"
-                )
+        check_theirs(args.theirs, theirs, known)
         tolerances = tolerances_of(args, theirs, trace, about, tokens, weights, params)
         differences = compare(theirs, trace, tolerances, G)
         steps = diagnose(theirs, tokens, weights, params, tolerances)
@@ -759,10 +844,28 @@ def tolerances_of(args, theirs, trace, about, tokens, weights, params):
     for dtype in (torch.bfloat16, torch.float16):
         rounded = telling and all(torch.equal(x.to(dtype).to(x.dtype), x) for x in telling)
         if known == str(dtype).removeprefix("torch.") or known is None and rounded:
-            own = make([], tokens, {name: w.to(dtype) for name, w in weights.items()}, params)
-            noise = {name: difference(own[name][0], trace[name][0])["relative"] for name in trace}
-            return {name: max(4e-3, 3 * noise[name]) for name in trace}
+            noise = noise_of(dtype, trace, tokens, weights, params)
+            return {name: min(LARGEST_TOLERANCE, max(4e-3, 3 * noise[name])) for name in trace}
     return dict.fromkeys(trace, 1e-5)
+
+
+def noise_of(dtype, trace, tokens, weights, params):
+    """The relative errors by name of the script itself in 16 bits. ValueError where these tell nothing."""
+    own = make([], tokens, {name: w.to(dtype) for name, w in weights.items()}, params)
+    kind = str(dtype).removeprefix("torch.")
+    if (name := not_finite(own)) is not None:
+        raise ValueError(
+            f"in {kind} the script's own pass overflows: {name} is not finite; compare a dump in float32 "
+            "or bfloat16"
+        )
+    noise = {name: difference(own[name][0], trace[name][0])["relative"] for name in trace}
+    worst = max(noise, key=noise.__getitem__)
+    if noise[worst] > LARGEST_TOLERANCE:
+        raise ValueError(
+            f"in {kind} the script itself is {noise[worst]:.2g} off at {worst}, which is more than the "
+            f"{LARGEST_TOLERANCE} that may be allowed; compare a dump in float32"
+        )
+    return noise
 
 
 def report(args, theirs, differences, tolerances, steps, odd, params):
@@ -782,7 +885,8 @@ def report(args, theirs, differences, tolerances, steps, odd, params):
             f"at {d['at']}  cosine {d['cosine']:.6f}{'  (' + d['layout'] + ')' if d['layout'] else ''}"
         )
     if unknown:
-        print(f"not compared, unknown names: {', '.join(unknown[:5])}{' …' * (len(unknown) > 5)}")
+        shown = ", ".join(printable(name, 60) for name in unknown[:5])
+        print(f"not compared, unknown names: {shown}{' …' * (len(unknown) > 5)}")
     print()
     if odd:
         print(f"{odd[0].upper()}{odd[1:]}.")
@@ -831,11 +935,7 @@ def report(args, theirs, differences, tolerances, steps, odd, params):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = flags_of(description=__doc__)
     add = parser.add_argument
     add("theirs", metavar="THEIRS.safetensors")
     add(
@@ -857,23 +957,18 @@ def main(argv=None):
     )
     add(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
+        choices=DTYPES,
         help="what they computed in (default: seen)",
     )
     add("--json", action="store_true", help="print everything as JSON")
 
-    def wrong(message):
-        raise ValueError(f"{message} (--help shows what there is)")
-
-    parser.error = wrong
-    try:
+    def work():
         args = parser.parse_args(argv)
-        if args.tolerance is not None and not 0 < args.tolerance < math.inf:
-            wrong("--tolerance must be a number above 0")
+        if args.tolerance is not None and not 0 < args.tolerance <= LARGEST_TOLERANCE:
+            parser.error(f"--tolerance must be a number above 0, at most {LARGEST_TOLERANCE}")
         return run(args)
-    except (ValueError, OSError) as problem:
-        print(f"error: {str(problem).partition(chr(10))[0]}", file=sys.stderr)
-        return 2
+
+    return run_program(work)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,16 @@ values once, and sums x over the GPUs twice a layer. All assumptions stand in th
 """
 
 import math
+import os
+import signal
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # quiet also while torch is imported
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by its path
 from llama3_from_scratch import fill_params, weight_shapes
+from parts.programs import flags_of, run_program
 
 # params.json of the releases (llama-models, models/sku_list.py).
 MODELS = {
@@ -190,5 +195,13 @@ layers for {step("405B", "H100", 2)[2]}. More GPUs then serve more rows, not fas
 """
 
 
+def main(argv=None):
+    def work():
+        flags_of(description=__doc__).parse_args(argv)
+        sys.stdout.write(report())
+
+    return run_program(work)
+
+
 if __name__ == "__main__":
-    sys.stdout.write(report())
+    sys.exit(main())

@@ -18,19 +18,21 @@ Why no tool that exists: jupytext with nbclient runs the cells, markdown-code-ru
 none also shows pieces by landmark, has a check that writes nothing, and swaps the weights.
 """
 
-import argparse
 import contextlib
 import difflib
 import io
 import json
 import os
 import re
+import signal
 import sys
 import textwrap
 import traceback
 from pathlib import Path
 from urllib.parse import quote
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # quiet also while torch is imported
 import matplotlib
 
 matplotlib.use("Agg")
@@ -39,6 +41,9 @@ from matplotlib.colors import LinearSegmentedColormap
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run by its path
+from parts.files import local_path, written_whole
+from parts.programs import flags_of, run_program
+
 SOURCE = ROOT / "walkthrough.md"
 SCRIPT = "llama3_from_scratch.py"
 BLOCK = re.compile(
@@ -261,20 +266,16 @@ def differences(files):
 def write(path, content):
     """Beside it first, then in its place: never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    try:
+    with written_whole(path) as part:
         part.write_text(content, encoding="utf-8", newline="\n")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def run(args):
     text, target = SOURCE.read_text(encoding="utf-8"), args.out or SOURCE
     if args.weights:
-        if not Path(args.weights).expanduser().exists():
+        if not local_path(args.weights).exists():
             raise ValueError(f"{args.weights}: no such folder")
-        weights = Path(args.weights).expanduser().resolve()
+        weights = local_path(args.weights).resolve()
         text = with_weights(text, weights)
         target = (
             args.out
@@ -316,11 +317,7 @@ def run(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = flags_of(description=__doc__)
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit code 1 and the difference"
     )
@@ -328,12 +325,7 @@ def main(argv=None):
     parser.add_argument(
         "--out", metavar="FILE", type=Path, help="where to (default walkthrough-<name of DIR>.md)"
     )
-    args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError) as problem:
-        print(f"error: {str(problem).partition(chr(10))[0]}", file=sys.stderr)
-        return 2
+    return run_program(lambda: run(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

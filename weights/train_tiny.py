@@ -9,15 +9,18 @@ the small grammar below: stories whose characters have names (so that attention 
 facts, and conversations in Llama 3's chat format.
 """
 
-import argparse
 import base64
 import json
 import math
+import os
 import random
+import signal
 import sys
 import time
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # quiet also while torch is imported
 import torch
 from tiktoken._educational import bpe_train
 
@@ -31,6 +34,8 @@ from llama3_from_scratch import (
     weight_shapes,
 )
 from parts.chat import chat_message
+from parts.files import local_path, read_marks, written_whole
+from parts.programs import flags_of, run_program
 
 PARAMS = {
     "dim": 256,
@@ -419,9 +424,12 @@ def train_tokenizer(path, ranks):
         r"|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
     merges = bpe_train("\n\n".join(texts), ranks, pattern, visualise=None)
-    path.write_text(
-        "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in merges.items())
-    )
+    with written_whole(path) as part:
+        part.write_text(
+            "".join(
+                f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in merges.items()
+            )
+        )
 
 
 def initial_weights(params, seed):
@@ -456,8 +464,17 @@ def loss_of(batch, weights, params):
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def check_folder(folder):
+    """ValueError if training would take the place of another model."""
+    for name in ("params.json", "consolidated.00.pth"):
+        if (folder / name).exists() and read_marks(folder / "params.json") != PARAMS:
+            raise ValueError(
+                f"{folder}: {name} there is of another model; --out names another folder"
+            )
+
+
+def run(argv):
+    parser = flags_of(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--out",
         type=Path,
@@ -472,7 +489,11 @@ def main():
     parser.add_argument(
         "--show-texts", type=int, metavar="N", help="print N training texts and stop"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    if args.steps < 1 or args.rows < 1 or not 0 < args.rate < 1:
+        parser.error("--steps and --rows must be from 1, --rate between 0 and 1")
+    args.out = local_path(args.out)
+    check_folder(args.out)
     args.out.mkdir(parents=True, exist_ok=True)
 
     if not (args.out / "tokenizer.model").exists():
@@ -485,7 +506,8 @@ def main():
             ids = document(rng, tokenizer)
             print(f"{len(ids)} tokens: {tokenizer.decode(ids)}\n")
         return
-    (args.out / "params.json").write_text(json.dumps(PARAMS, indent=2) + "\n")
+    with written_whole(args.out / "params.json") as part:
+        part.write_text(json.dumps(PARAMS, indent=2) + "\n")
     params = fill_params(PARAMS)
     weights = initial_weights(params, seed=3)
     print(f"{sum(w.numel() for w in weights.values()) / 1e6:.2f} M parameters", flush=True)
@@ -521,7 +543,8 @@ def main():
     final = {name: w.detach().bfloat16() for name, w in weights.items()}
     with torch.no_grad():
         losses = [loss_of(batch, final, params).item() for batch in held_out]
-    torch.save(final, args.out / "consolidated.00.pth")
+    with written_whole(args.out / "consolidated.00.pth") as part, open(part, "wb") as file:
+        torch.save(final, file)  # by path, the name of the part would stand inside
     print(
         f"{step + 1} steps, {(time.time() - started) / 60:.1f} minutes; loss on held-out texts "
         f"{sum(losses) / len(losses):.4f} nats a token, in bfloat16",
@@ -529,5 +552,9 @@ def main():
     )
 
 
+def main(argv=None):
+    return run_program(lambda: run(argv))
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

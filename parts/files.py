@@ -1,0 +1,122 @@
+"""Files that are whole or not there: one lock for a target, a name of its own for each copy in progress."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from parts import printable
+
+UNFINISHED: set[Path] = set()  # what a process that ends at once (os._exit) has to take along
+
+
+def local_path(given: str | Path) -> Path:
+    """A path that a user gave, with ~ for a home. ValueError, in one line, for one that leads nowhere."""
+    try:
+        path = Path(given).expanduser()
+        os.stat(path)
+    except FileNotFoundError:
+        if re.match(r"\w{2,}:/(?!/)", str(given)):
+            raise ValueError(
+                f"{given}: is a bucket meant? It has two slashes, as in gs://…"
+            ) from None
+    except OSError as problem:  # a loop of links, a name that is too long, a folder that is none
+        raise ValueError(f"{given}: {problem.strerror}") from None
+    except (RuntimeError, ValueError) as problem:  # ~nobody, a NUL
+        raise ValueError(f"{given}: not a path ({problem})") from None
+    return path
+
+
+@contextlib.contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """An empty new file beside target; it takes target's place when the with block has ended well.
+
+    If the block ends otherwise, that file is deleted, and target is as it was.
+    """
+    part = target.with_name(f".{target.name[:50]}.{secrets.token_hex(6)}.part")
+    part.open("xb").close()  # "x": nobody else's
+    UNFINISHED.add(part)
+    mode = part.stat().st_mode  # some writers leave a file that only its owner can read
+    try:
+        yield part
+        part.chmod(mode)
+        part.replace(target)
+    except OSError as problem:
+        problem.filename = problem.filename or str(
+            target
+        )  # which file was it? A write does not say
+        raise
+    finally:
+        part.unlink(missing_ok=True)
+        UNFINISHED.discard(part)
+
+
+def delete_unfinished() -> None:
+    """Deletes what is being written, for a process that ends without leaving its with blocks."""
+    for part in list(UNFINISHED):
+        part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, waiting: str) -> Iterator[bool]:
+    """Holds the lock file `path` during a with block; says `waiting` if somebody else has it first.
+
+    Yields whether it holds it: some network folders have no locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path)
+    held = True
+    try:
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            print(printable(waiting), file=sys.stderr)
+            lock.acquire()
+    except NotImplementedError:
+        held = False
+    try:
+        yield held
+    finally:
+        lock.release()
+
+
+def hash_of(path: Path, kind: str) -> str:
+    """The checksum of a file's content; kind: sha256, md5, …, or git, which is what git calls it."""
+    with open(path, "rb") as file:
+        digest = hashlib.new("sha1" if kind == "git" else kind, usedforsecurity=False)
+        if kind == "git":
+            digest.update(b"blob %d\0" % path.stat().st_size)
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_marks(path: Path) -> dict[str, Any]:
+    """What write_marks wrote; nothing, if that is not there or makes no sense."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_marks(path: Path, marks: dict[str, Any]) -> None:
+    """Keeps what is known of files, as JSON."""
+    with written_whole(path) as part:
+        part.write_text(json.dumps(marks, indent=1), encoding="utf-8")
+
+
+def state(path: Path) -> list[int] | None:
+    """What changes when somebody writes to a file: its size and time. None: no such file."""
+    if not path.is_file():
+        return None
+    about = path.stat()
+    return [about.st_size, about.st_mtime_ns]
