@@ -12,6 +12,7 @@ from torch import Tensor
 import llama3_from_scratch as llama
 from parts import for_screen
 from parts.chat import prompt_ids
+from parts.inside import not_finite
 
 MOST_ROWS = 32
 
@@ -82,6 +83,8 @@ def go_on_together(
         chosen = choose(logits[:, -1])
         stay = []  # who goes on? Their places among those that do now
         for n, (row, token) in enumerate(zip(going, chosen.tolist())):
+            if token < 0:
+                raise not_finite(weights)
             new[row].append(token)
             room = min(max_new_tokens, params["max_seq_len"] - len(rows[row]))
             if token not in stops and len(new[row]) < room:

@@ -30,7 +30,8 @@ FAR = 4096  # positions from which on attention takes another form
 PIECE = 512  # positions: for a token far into a text, a GPU cuts the cache into such pieces
 CHUNK = 4096  # tokens of a prompt that a GPU reads at once: no scores are stored
 
-# Inductor keeps what it made on disk, and would not see that one of these has changed: their text joins the key.
+# Inductor keeps what it made on disk, and would not see that one of these has changed: so their text joins
+# the key.
 KEPT_BY_TEXT = {
     f"{function.__module__}.{name}": inspect.getsource(function)
     for name, function in vars(rewritings).items()
@@ -76,10 +77,13 @@ def rewritten(
     for rewrite in rewrites:
         rewrite(graph.graph)
     graph.recompile()
+    options = options | {"unsafe_marked_cacheable_functions": KEPT_BY_TEXT}
     return compile_fx(graph, inputs, config_patches=options)
 
 
-def compiled_forward(device: str, many: bool = False, far: bool = False, prompt: bool = False) -> Any:
+def compiled_forward(
+    device: str, many: bool = False, far: bool = False, prompt: bool = False
+) -> Any:
     """`forward` for one use: one token of one row, or of many, far into a text or not, or a prompt.
 
     It is compiled when it is first called, for any number of positions, of rows if many, of tokens if prompt.
@@ -90,16 +94,16 @@ def compiled_forward(device: str, many: bool = False, far: bool = False, prompt:
     three_sums = functools.partial(rewritings.with_attention, attention=rewritings.one_query)
     flash = functools.partial(rewritings.with_attention, attention=rewritings.flash)
     rewrites: list[Callable[[torch.fx.Graph], int]] = []
-    options: dict[str, Any] = {"unsafe_marked_cacheable_functions": KEPT_BY_TEXT}
-    if device == "cpu":
+    options: dict[str, Any] = {}
+    if prompt:
+        rewrites = [rewritings.with_real_pairs, flash]
+    elif device == "cpu":
         options |= {"cpp.enable_floating_point_contract_flag": "fast"}
         if not many:
             # What is around the loops is compiled too (not where processes meet there), and what goes into a
             # loop is computed before it, not again for each row of the weights.
             options |= {"cpp_wrapper": processes()[1] == 1, "realize_reads_threshold": 0}
             rewrites = [rewritings.with_loops]
-    elif prompt:
-        rewrites = [rewritings.with_real_pairs, flash]
     else:
         # Inductor measures how to cut a sum among threads, puts kernels that need nothing of each other into
         # one, and (from Hopper on) lets each start while the one before it ends.
@@ -116,7 +120,9 @@ def first_call(words: str, run: Callable[[], Tensor]) -> Tensor:
     """What a compiled function gives when it is called for the first time, and compiled."""
     with progress(words), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*complex operators")  # the rotation stays PyTorch's own
-        warnings.filterwarnings("ignore", "(?s).*Online softmax")  # a hint for who works on Inductor
+        warnings.filterwarnings(
+            "ignore", "(?s).*Online softmax"
+        )  # a hint for who works on Inductor
         try:
             return run()
         except InductorError as problem:
@@ -223,14 +229,15 @@ def compiled_prompt() -> llama.Forward:
         many = len(tokens) > 1
         if tokens.shape[1] == 1:  # it would be compiled for that alone
             return llama.forward(tokens, weights, params, cache, positions, last)
-        tokens = tokens.contiguous()  # the strides of a cut, too, would be compiled in
+        # The strides of a cut would be compiled in, too.
+        tokens = tokens.clone(memory_format=torch.contiguous_format)
         known = many in codes
         if not known:
             codes[many] = compiled_forward(tokens.device.type, many, prompt=True)
         code = codes[many]
         run = functools.partial(code, tokens, weights, params, cache, positions, last)
         # T and S are alike at first: that they are must not be compiled in.
-        with torch.fx.experimental._config.patch(use_duck_shape=False):
+        with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore
             if known:
                 return run()
             for keys_or_values in (x for layer in cache for x in layer):
@@ -250,14 +257,25 @@ def compiled_prompt() -> llama.Forward:
 
 
 def prepare(
-    step: llama.Forward, read: llama.Forward, model: llama.Model, B: int, S: int, T: int
+    step: llama.Forward,
+    prefill: Callable[..., Tensor],
+    model: llama.Model,
+    B: int,
+    seen: int,
+    T: int,
 ) -> None:
-    """Compiles before any text is written: a step of B rows with S positions, a prompt of T tokens (0: none)."""
+    """Compiles before any text is written: a step of B rows behind `seen` positions, a prompt of T tokens.
+
+    T 0: no prompt.
+    """
     weights, params, _ = model
     device = weights["norm.weight"].device
+    S = 512
+    if seen >= FAR:
+        S = min(seen + 1, 4 * FAR)  # what is measured for that serves for all that are longer
     cache = llama.make_cache(weights, params, B, S)
     tokens = torch.zeros((B, 1), dtype=torch.long, device=device)
-    step(tokens, weights, params, cache, torch.zeros_like(tokens), tokens[:, 0])
+    with torch.no_grad():
+        step(tokens, weights, params, cache, torch.zeros_like(tokens), tokens[:, 0])
     if T > 1:
-        cache = llama.make_cache(weights, params, B)
-        llama.prefill(tokens.expand(B, T), weights, params, cache, read=read, chunk=CHUNK)
+        prefill(tokens.repeat(1, T), weights, params, llama.make_cache(weights, params, B))

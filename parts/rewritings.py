@@ -1,8 +1,8 @@
 """Small rewritings of forward's graph, for parts/compiled.py: what makes a machine fast, step by step.
 
-Dynamo turns `forward` into a graph of PyTorch calls, one node each. A rewriting looks for one kind of call and
-puts a function of the same result in its place; Inductor then compiles that. Each returns how many it replaced,
-so that a test sees when a change of PyTorch makes one miss.
+Dynamo turns `forward` into a graph of PyTorch calls, one node each. A rewriting looks for one kind of call
+and puts a function of the same result in its place; Inductor then compiles that. Each returns how many it
+replaced, so that a test sees when a change of PyTorch makes one miss.
 """
 
 import operator
@@ -76,7 +76,9 @@ def with_loops(graph: Graph) -> int:
     replaced = 0
     for node in graph.find_nodes(op="call_function", target=operator.matmul):
         a, b = (arg.meta["example_value"] for arg in node.args)
-        if b.dim() == 2 or (a.shape[2] <= 16 and a.shape[3] <= 4096):  # a longer sum is slow as a loop
+        if b.dim() == 2 or (
+            a.shape[2] <= 16 and a.shape[3] <= 4096
+        ):  # a longer sum is slow as a loop
             node.target = as_loops
             replaced += 1
     return replaced
@@ -92,7 +94,7 @@ def computed(x: Tensor) -> Tensor:
 
 def as_sums(a: Tensor, b: Tensor) -> Tensor:
     """a (1 1 D) @ b (D F, in memory F D) on a GPU: F sums, as one kernel that what follows can join."""
-    return (computed(a)[0].float() * b.T.float()).sum(-1).to(b.dtype)[None]
+    return (computed(a)[0].float() * b.T.float()).sum(-1).to(b.dtype)[None, None]
 
 
 def with_sums(graph: Graph) -> int:
@@ -158,7 +160,9 @@ def one_query_in_pieces(
     q = computed(q.reshape(B, K, G, E))
     scores = (q @ keys.mT).float() / E**0.5 + mask[:, :, 0, None].float()  # B K G S
     scores = scores.unflatten(-1, (-1, piece))
-    highest = scores.amax(-1, keepdim=True).clamp(min=-1e30)  # of a piece that is all masked: not -inf
+    highest = scores.amax(-1, keepdim=True).clamp(
+        min=-1e30
+    )  # of a piece that is all masked: not -inf
     shares = (scores - highest).exp()
     totals = shares.sum(-1, keepdim=True)  # B K G pieces 1
     shares = shares.to(values.dtype).transpose(2, 3).reshape(-1, G, piece)  # a matrix a piece
