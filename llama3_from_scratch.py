@@ -57,7 +57,6 @@ Cache = list[KeysValues]  # of each layer
 Probe = Callable[[str, str, Tensor], Tensor]  # (name, dims, tensor) to the tensor that flows on
 Forward = Callable[..., Tensor]  # forward, or what stands for it: compiled, or with a probe
 Model = tuple[Weights, Params, tiktoken.Encoding]
-Source = str | Path | Model  # a folder with a model, or one that is loaded
 Dtype = torch.dtype | None  # a number format, or that of the file
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HERE = Path(__file__).resolve().parent
@@ -359,11 +358,12 @@ def make_cache(weights: Weights, params: Params, B: int, S: int = 0) -> Cache:
     return [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(params["n_layers"])]
 
 
-def fit(cache: Cache, S: int) -> None:
-    """Makes room for exactly S positions: zeros behind what is there, or a cut. This copies it."""
+def grow(cache: Cache, S: int) -> None:
+    """Makes room for at least S positions: zeros behind what is there. This copies the cache."""
     for i, (keys, values) in enumerate(cache):
         more = S - keys.shape[2]
-        cache[i] = pad(keys, (0, 0, 0, more)), pad(values, (0, 0, 0, more))
+        if more > 0:
+            cache[i] = pad(keys, (0, 0, 0, more)), pad(values, (0, 0, 0, more))
 
 
 def chunk_size(seen: int, params: Params, on_cpu: bool) -> int:
@@ -393,13 +393,13 @@ def prefill(
     logits = torch.zeros(())
     a = 0
     while a < T:
-        tokens_at_once = chunk or chunk_size(start + a, params, tokens.is_cpu)
-        b = min(T, a + max(1, tokens_at_once // B))
-        fit(cache, start + b)
+        b = min(T, a + max(1, (chunk or chunk_size(start + a, params, tokens.is_cpu)) // B))
+        grow(cache, start + b)
+        views = [(keys[:, :, : start + b], values[:, :, : start + b]) for keys, values in cache]
         positions = torch.arange(start + a, start + b, device=tokens.device)[None]
         last = (ends - 1 - a).clamp(0, b - a - 1)
         run = watched if watched and b == T else read
-        chunk_logits = run(tokens[:, a:b], weights, params, cache, positions, last)
+        chunk_logits = run(tokens[:, a:b], weights, params, views, positions, last)
         logits = torch.where(ends[:, None, None] > a, chunk_logits, logits)  # of rows not yet ended
         a = b
     return logits
@@ -451,7 +451,7 @@ def generate(
         tokens = choose(logits[:, -1, : params.get("n_tokens")])  # rows to spare are no tokens
         yield tokens
         if S > cache[0][0].shape[2]:  # some to spare: this copies the cache
-            fit(cache, min(S + (127 if tokens.is_cpu else 511), params["max_seq_len"]))
+            grow(cache, min(S + (127 if tokens.is_cpu else 511), params["max_seq_len"]))
         logits = step(tokens[:, None], weights, params, cache, positions[:, None], last)
         positions = positions + 1
 
@@ -493,8 +493,7 @@ def load_model(
 
     With parts/, in any layout (more options: load_model in parts/layouts.py); without, in Meta's.
     """
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, dtype)
+    dtype = getattr(torch, str(dtype), dtype)  # "float32" is torch.float32
     if dtype not in (None, *FLOATS):
         raise ValueError(f"dtype {dtype!r}: expected float32, bfloat16 or float16")
     if PARTS:
@@ -538,7 +537,10 @@ def text_of(steps: Iterable[Tensor], tokenizer: tiktoken.Encoding, new: list[int
 
 
 def stream(
-    prompt: str | list[int], weights: Source = TINY, max_new_tokens: int = 100, **options: Any
+    prompt: str | list[int],
+    weights: str | Path | Model = TINY,
+    max_new_tokens: int = 100,
+    **options: Any,
 ) -> Iterator[str]:
     """Yields the text that goes on from a prompt, piece by piece.
 

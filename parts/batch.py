@@ -111,7 +111,7 @@ def advance(
     """Logits (B 1 V) after one more token a row, tokens (B) at positions (B) below S: a turn of generate."""
     if S > cache[0][0].shape[2]:
         spare = 127 if tokens.is_cpu else 511  # growing copies the cache: not at each token
-        llama.fit(cache, min(S + spare, params["max_seq_len"]))
+        llama.grow(cache, min(S + spare, params["max_seq_len"]))
     last = torch.zeros_like(positions)
     return step(tokens[:, None], weights, params, cache, positions[:, None], last)
 

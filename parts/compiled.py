@@ -9,6 +9,7 @@ in place of hundreds. What is put in place of what stands in parts/rewritings.py
 import contextlib
 import functools
 import inspect
+import itertools
 import sys
 import threading
 import time
@@ -27,7 +28,7 @@ import llama3_from_scratch as llama
 from parts import processes, rewritings
 
 FAR = 4096  # positions from which on attention takes another form
-PIECE = 512  # positions: for a token far into a text, a GPU cuts the cache into such pieces
+PIECE = 128  # positions: for a token far into a text, a GPU cuts the cache into such pieces
 CHUNK = 4096  # tokens of a prompt that a GPU reads at once: no scores are stored
 
 # Inductor keeps what it made on disk, and would not see that one of these has changed: so their text joins
@@ -112,6 +113,10 @@ def compiled_forward(
         rewrites = [rewritings.with_real_pairs]
         if not many:
             rewrites += [rewritings.with_sums, pieces if far else three_sums]
+        if far:
+            options |= {
+                "realize_reads_threshold": 0
+            }  # keys and values in float32, once for all queries
     backend = functools.partial(rewritten, rewrites=rewrites, options=options)
     return torch.compile(llama.forward, fullgraph=True, backend=backend)
 
@@ -155,7 +160,7 @@ def compiled_step() -> llama.Forward:
         if tokens.device.type == "mps":
             raise ValueError("--compile is for CPUs and CUDA, not for mps")
         if tokens.is_cuda and far and not many:
-            llama.fit(cache, -(-cache[0][0].shape[2] // PIECE) * PIECE)
+            llama.grow(cache, -(-cache[0][0].shape[2] // PIECE) * PIECE)
         given = tokens, weights, params, cache, positions, last
         known = (many, far) in codes
         if not known:
@@ -229,29 +234,32 @@ def compiled_prompt() -> llama.Forward:
         many = len(tokens) > 1
         if tokens.shape[1] == 1:  # it would be compiled for that alone
             return llama.forward(tokens, weights, params, cache, positions, last)
-        # The strides of a cut would be compiled in, too.
+        # The strides of a cut would be compiled in, too. A cache with room to spare is one that was cut.
         tokens = tokens.clone(memory_format=torch.contiguous_format)
-        known = many in codes
-        if not known:
+        # Its copy is looked at through a view ([:]), since the other is a view too, which is compiled in.
+        whole = [(keys.contiguous()[:], values.contiguous()[:]) for keys, values in cache]
+        new = many not in codes
+        if new:
             codes[many] = compiled_forward(tokens.device.type, many, prompt=True)
-        code = codes[many]
-        run = functools.partial(code, tokens, weights, params, cache, positions, last)
+            rows = (0,) if many else ()
+            marked: list[tuple[Tensor, tuple[int, ...]]] = [
+                (x, (*rows, 2)) for layer in whole for x in layer
+            ]
+            marked += [(tokens, (*rows, 1)), (positions, (1,)), (last, rows)]
+            for tensor, dims in marked:
+                for dim in dims:
+                    mark_dynamic(tensor, dim)
+        run = functools.partial(codes[many], tokens, weights, params, whole, positions, last)
+        words = "compiling the prompt's pass"
+        if many:
+            words += " for several rows"
         # T and S are alike at first: that they are must not be compiled in.
         with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore
-            if known:
-                return run()
-            for keys_or_values in (x for layer in cache for x in layer):
-                mark_dynamic(keys_or_values, 2)
-                if many:
-                    mark_dynamic(keys_or_values, 0)
-            for row_or_rows in (tokens, positions):
-                mark_dynamic(row_or_rows, 1)
-            for rows in (tokens, last) if many else ():
-                mark_dynamic(rows, 0)
-            words = "compiling the prompt's pass"
-            if many:
-                words += " for several rows"
-            return first_call(words, run)
+            logits = first_call(words, run) if new else run()
+        for given, used in zip(itertools.chain(*cache), itertools.chain(*whole)):
+            if used.data_ptr() != given.data_ptr():
+                given.copy_(used)
+        return logits
 
     return read
 

@@ -152,23 +152,25 @@ def one_query_in_pieces(
     """Attention of one token to many positions: a softmax and a mix of each piece of S, then joined.
 
     So that each processor of the GPU has pieces to do, where else each would have a head, or none. Source:
-    Flash-Decoding, Dao et al. 2023. S must be a multiple of piece.
+    Flash-Decoding, Dao et al. 2023. S must be a multiple of piece. Written for each of the G queries that
+    share a key/value head, so that one loop reads keys, or values, once for all of them.
     """
     B, H, T, E = q.shape
     K = keys.shape[1]
-    G = H // K
-    q = computed(q.reshape(B, K, G, E))
-    scores = (q @ keys.mT).float() / E**0.5 + mask[:, :, 0, None].float()  # B K G S
+    queries = computed(q.reshape(B, K, H // K, E)).float().unbind(2)  # G times B K E
+    in_float = keys.float()
+    scores = torch.stack([(query[:, :, None] * in_float).sum(-1) for query in queries], 2)
+    scores = scores / E**0.5 + mask[:, :, 0, None].float()  # B K G S
     scores = scores.unflatten(-1, (-1, piece))
-    highest = scores.amax(-1, keepdim=True).clamp(
-        min=-1e30
-    )  # of a piece that is all masked: not -inf
+    highest = scores.amax(-1, keepdim=True)
+    highest = highest.clamp(min=-1e30)  # where a piece is all masked: no -inf less -inf
     shares = (scores - highest).exp()
     totals = shares.sum(-1, keepdim=True)  # B K G pieces 1
-    shares = shares.to(values.dtype).transpose(2, 3).reshape(-1, G, piece)  # a matrix a piece
-    mixed = (shares @ values.reshape(-1, piece, E)).view(B, K, -1, G, E).transpose(2, 3).float()
+    values = values.unflatten(2, (-1, piece))
+    in_float = values.float()
+    mixed = [(share[..., None] * in_float).sum(3) for share in computed(shares).unbind(2)]
     weight = (highest - highest.amax(3, keepdim=True)).exp()
-    heads = (mixed * weight).sum(3) / (totals * weight).sum(3)
+    heads = (torch.stack(mixed, 2) * weight).sum(3) / (totals * weight).sum(3)
     return heads.view(B, H, T, E).to(values.dtype)
 
 

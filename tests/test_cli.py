@@ -654,8 +654,8 @@ def test_out_of_memory_is_one_line(script, monkeypatch):
 
 
 def test_the_cache_grows_in_large_steps(script, monkeypatch):
-    sizes, fit = [], llama.fit
-    monkeypatch.setattr(llama, "fit", lambda cache, S: sizes.append(S) or fit(cache, S))
+    sizes, grow = [], llama.grow
+    monkeypatch.setattr(llama, "grow", lambda cache, S: sizes.append(S) or grow(cache, S))
     script("Once upon a time", "--max-new-tokens", 20, "--device", "cpu")
     assert sizes == [5, 5 + 128]
 

@@ -92,7 +92,7 @@ def test_compiled_bfloat16_is_no_worse_than_eager(model):
     for run in (llama.forward, step):
         cache = llama.make_cache(weights, params, 1)
         llama.prefill(tokens[:, :-1], weights, params, cache)
-        llama.fit(cache, 128)
+        llama.grow(cache, 128)
         logits = run(
             tokens[:, -1:], weights, params, cache, torch.tensor([[39]]), torch.tensor([0])
         )
@@ -203,7 +203,7 @@ def test_rewritings_give_what_forward_gives(model, rewrite, each, once, T, B):
     for run in (llama.forward, torch.compile(llama.forward, fullgraph=True, backend=backend)):
         cache = llama.make_cache(weights, params, B)
         llama.prefill(tokens[:, :43], weights, params, cache)
-        llama.fit(cache, 48)
+        llama.grow(cache, 48)
         at = torch.arange(43, 43 + T)[None]
         with torch.no_grad():
             rewritten.append(run(tokens[:, 43:], weights, params, cache, at))
@@ -216,12 +216,15 @@ def test_the_prompts_pass_is_compiled_once(model):
     params, weights = model(n_layers=1)
     torch._dynamo.reset()
     before, read = graphs(), compiled.compiled_prompt()
-    for B, T, chunk in ((1, 20, 0), (1, 33, 8), (1, 90, 31), (2, 20, 14), (3, 50, 30)):
+    for B, T, chunk, spare in (
+        (1, 20, 0, 0), (1, 33, 8, -33), (1, 90, 31, -90), (1, 40, 0, 7), (2, 20, 14, -20), (3, 50, 30, 5)
+    ):  # fmt: skip
         tokens = some_tokens(params, B=B, T=T)
-        cache, other = (llama.make_cache(weights, params, B) for _ in range(2))
+        cache, other = (llama.make_cache(weights, params, B, S) for S in (T + spare, 0))
         found = llama.prefill(tokens, weights, params, cache, read=read, chunk=chunk)
         expected = llama.prefill(tokens, weights, params, other)
         assert relative_error(found, expected) < 1e-5
+        assert relative_error(cache[0][1][:, :, :T], other[0][1]) < 1e-5
     assert graphs() - before == 2
 
 

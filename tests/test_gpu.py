@@ -113,7 +113,7 @@ def test_compiled_bfloat16_is_no_worse_than_plain(on_gpu):
         cache = llama.make_cache(weights, params, 1)
         with torch.no_grad():
             first = llama.prefill(tokens[:, :-1].cuda(), weights, params, cache, read=read)
-            llama.fit(cache, 128)
+            llama.grow(cache, 128)
             at, last = torch.tensor([[39]]).cuda(), torch.tensor([0]).cuda()
             second = step(tokens[:, -1:].cuda(), weights, params, cache, at, last)
         errors.append(
