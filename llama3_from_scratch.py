@@ -57,7 +57,6 @@ Cache = list[KeysValues]  # of each layer
 Probe = Callable[[str, str, Tensor], Tensor]  # (name, dims, tensor) to the tensor that flows on
 Forward = Callable[..., Tensor]  # forward, or what stands for it: compiled, or with a probe
 Model = tuple[Weights, Params, tiktoken.Encoding]
-Source = str | Path | Model  # a folder with a model, or one that is loaded
 Dtype = torch.dtype | None  # a number format, or that of the file
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HERE = Path(__file__).resolve().parent
@@ -381,23 +380,25 @@ def prefill(
     cache: Cache,
     start: int = 0,
     lengths: Tensor | None = None,
+    read: Forward = forward,
+    chunk: int = 0,  # tokens at once; 0: as chunk_size says
     watched: Forward | None = None,
 ) -> Tensor:
     """Reads tokens (B T) into the cache, from position start on: logits (B 1 V) of each row's last.
 
-    lengths (B): how many of a row's tokens count. watched stands for forward in the last chunk.
+    lengths (B): how many of a row's tokens count. read, or watched in the last chunk: as forward.
     """
     B, T = tokens.shape
     ends = torch.full((B,), T, device=tokens.device) if lengths is None else lengths
-    grow(cache, start + T)  # now: forward gets views of it, and writes through them
     logits = torch.zeros(())
     a = 0
     while a < T:
-        b = min(T, a + max(1, chunk_size(start + a, params, tokens.is_cpu) // B))
-        positions = torch.arange(start + a, start + b, device=tokens.device)[None]
+        b = min(T, a + max(1, (chunk or chunk_size(start + a, params, tokens.is_cpu)) // B))
+        grow(cache, start + b)
         views = [(keys[:, :, : start + b], values[:, :, : start + b]) for keys, values in cache]
+        positions = torch.arange(start + a, start + b, device=tokens.device)[None]
         last = (ends - 1 - a).clamp(0, b - a - 1)
-        run = watched if watched and b == T else forward
+        run = watched if watched and b == T else read
         chunk_logits = run(tokens[:, a:b], weights, params, views, positions, last)
         logits = torch.where(ends[:, None, None] > a, chunk_logits, logits)  # of rows not yet ended
         a = b
@@ -449,7 +450,7 @@ def generate(
     for S in range(int(positions.max()) + 1, params["max_seq_len"] + 1):
         tokens = choose(logits[:, -1, : params.get("n_tokens")])  # rows to spare are no tokens
         yield tokens
-        if S > cache[0][0].shape[2]:  # some to spare: growing copies the cache
+        if S > cache[0][0].shape[2]:  # some to spare: this copies the cache
             grow(cache, min(S + (127 if tokens.is_cpu else 511), params["max_seq_len"]))
         logits = step(tokens[:, None], weights, params, cache, positions[:, None], last)
         positions = positions + 1
@@ -492,8 +493,7 @@ def load_model(
 
     With parts/, in any layout (more options: load_model in parts/layouts.py); without, in Meta's.
     """
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, dtype)
+    dtype = getattr(torch, str(dtype), dtype)  # "float32" is torch.float32
     if dtype not in (None, *FLOATS):
         raise ValueError(f"dtype {dtype!r}: expected float32, bfloat16 or float16")
     if PARTS:
@@ -537,7 +537,10 @@ def text_of(steps: Iterable[Tensor], tokenizer: tiktoken.Encoding, new: list[int
 
 
 def stream(
-    prompt: str | list[int], weights: Source = TINY, max_new_tokens: int = 100, **options: Any
+    prompt: str | list[int],
+    weights: str | Path | Model = TINY,
+    max_new_tokens: int = 100,
+    **options: Any,
 ) -> Iterator[str]:
     """Yields the text that goes on from a prompt, piece by piece.
 

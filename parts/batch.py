@@ -12,6 +12,7 @@ from torch import Tensor
 import llama3_from_scratch as llama
 from parts import for_screen
 from parts.chat import prompt_ids
+from parts.inside import not_finite
 
 MOST_ROWS = 32
 
@@ -36,6 +37,7 @@ def answer_all(
     args: argparse.Namespace,
     choose: Callable[[Tensor], Tensor],
     step: llama.Forward,
+    prefill: Callable[..., Tensor],
 ) -> None:
     """Goes on from many prompts, MOST_ROWS at a time: one JSON line each on stdout, in their order."""
     _, params, tokenizer = model
@@ -43,7 +45,7 @@ def answer_all(
     stops = llama.stop_ids(tokenizer)
     for a in range(0, len(rows), MOST_ROWS):
         batch = rows[a : a + MOST_ROWS]
-        written = go_on_together(batch, model, args.max_new_tokens, choose, step)
+        written = go_on_together(batch, model, args.max_new_tokens, choose, step, prefill)
         for prompt, ids, new in zip(prompts[a:], batch, written):
             reason = "length"
             if new and new[-1] in stops:
@@ -61,6 +63,7 @@ def go_on_together(
     max_new_tokens: int,
     choose: Callable[[Tensor], Tensor],
     step: llama.Forward,
+    prefill: Callable[..., Tensor],
 ) -> list[list[int]]:
     """The new ids of each row of ids, up to its stop token, the context's end or max_new_tokens."""
     weights, params, tokenizer = model
@@ -70,7 +73,7 @@ def go_on_together(
     width = int(positions.max())
     tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids in rows], device=device)
     cache = llama.make_cache(weights, params, len(rows))
-    logits = llama.prefill(tokens, weights, params, cache, lengths=positions)
+    logits = prefill(tokens, weights, params, cache, lengths=positions)
 
     new: list[list[int]] = [[] for _ in rows]
     going = [n for n, ids in enumerate(rows) if max_new_tokens and len(ids) < params["max_seq_len"]]
@@ -80,6 +83,8 @@ def go_on_together(
         chosen = choose(logits[:, -1])
         stay = []  # who goes on? Their places among those that do now
         for n, (row, token) in enumerate(zip(going, chosen.tolist())):
+            if token < 0:
+                raise not_finite(weights)
             new[row].append(token)
             room = min(max_new_tokens, params["max_seq_len"] - len(rows[row]))
             if token not in stops and len(new[row]) < room:
@@ -88,7 +93,8 @@ def go_on_together(
             going = [going[n] for n in stay]
             chosen, positions, cache = chosen[stay], positions[stay], rows_of(cache, stay)
         if going:
-            logits = advance(chosen, weights, params, cache, positions, step)
+            S = max(len(rows[row]) + len(new[row]) for row in going)
+            logits = advance(chosen, weights, params, cache, positions, S, step)
             positions = positions + 1
     return new
 
@@ -99,10 +105,10 @@ def advance(
     params: llama.Params,
     cache: llama.Cache,
     positions: Tensor,
+    S: int,
     step: llama.Forward,
 ) -> Tensor:
-    """Logits (B 1 V) after one more token a row, tokens (B) at positions (B): a turn of generate."""
-    S = int(positions.max()) + 1
+    """Logits (B 1 V) after one more token a row, tokens (B) at positions (B) below S: a turn of generate."""
     if S > cache[0][0].shape[2]:
         spare = 127 if tokens.is_cpu else 511  # growing copies the cache: not at each token
         llama.grow(cache, min(S + spare, params["max_seq_len"]))

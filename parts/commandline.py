@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import Tensor
 import llama3_from_scratch as llama
 from parts import batch, conversation, for_screen, printable, vocabulary
 from parts.chat import prompt_ids
-from parts.eager import one_token_step
-from parts.inside import check_finite
+from parts.eager import one_token_step, read_back
+from parts.inside import check_finite, not_finite
 from parts.programs import flags_of, run_program
 
 RANGES = {  # of flags: least and greatest value
@@ -196,23 +196,24 @@ def answer(
     *,
     model: llama.Model,
     args: argparse.Namespace,
-    watched: llama.Forward,
+    prefill: Callable[..., Tensor],
+    watched: llama.Forward | None,
     go_on: Callable,
 ) -> list[int]:
     """Goes on from ids, of which the cache holds the first `cached`: text to stdout, all else to stderr.
 
-    watched: forward, or a copy that is looked into. go_on: generate with all its options. Returns the new
-    ids; all but the last of them are then in the cache.
+    prefill, go_on: the script's prefill and generate with all their options. watched: forward with
+    breakpoints, if there are any. Returns the new ids; all but the last of them are then in the cache.
     """
     weights, params, tokenizer = model
     if args.show != "none":
         show_prompt(ids, cached, tokenizer)
         shapes = llama.show_shapes(args.show, params["n_layers"])
-        watched = functools.partial(watched, probe=shapes)
+        watched = functools.partial(watched or llama.forward, probe=shapes)
     tokens = torch.tensor([ids[cached:]], device=args.device)
     started = time.perf_counter()
-    logits = llama.prefill(tokens, weights, params, cache, cached, watched=watched)
-    check_finite(logits, weights)
+    logits = prefill(tokens, weights, params, cache, cached, watched=watched)
+    check_finite(logits, weights)  # this also waits for a GPU
     read = first = time.perf_counter()
     if args.show != "none":
         show_next(logits, tokenizer)
@@ -221,7 +222,7 @@ def answer(
         prompt = for_screen(tokenizer.decode(ids[len(vars(tokenizer)["begin"]) :]), sys.stderr)
         print(prompt, end="", file=sys.stderr, flush=True)  # so that the text reads as one
     at = torch.tensor([len(ids)], device=args.device)
-    steps = itertools.islice(go_on(logits, weights, params, cache, at), args.max_new_tokens)
+    steps = itertools.islice(go_on(logits, cache, at), args.max_new_tokens)
     new: list[int] = []
     for piece in llama.text_of(steps, tokenizer, new):
         if len(new) == 1:
@@ -262,6 +263,33 @@ def given_prompts(args: argparse.Namespace) -> list[str] | None:
     return [line.rstrip("\r") for line in text.split("\n")]
 
 
+def compiled_for(
+    model: llama.Model, args: argparse.Namespace, prompts: list[str] | None
+) -> tuple[llama.Forward, Callable[..., Tensor]]:
+    """A step, and prefill, compiled for --compile before any text is written: for these prompts, if given."""
+    from parts import compiled
+
+    _, params, tokenizer = model
+    context = params["max_seq_len"]
+    lengths = [1]
+    if prompts is not None:
+        lengths = [len(ids) for ids in batch.ids_of(prompts, tokenizer, context, args)]
+    step, prefill = compiled.compiled_step(), llama.prefill
+    rows = min(len(lengths), batch.MOST_ROWS)
+    T = 0
+    if args.device == "cuda":
+        read = compiled.compiled_prompt()
+        prefill = functools.partial(llama.prefill, read=read, chunk=compiled.CHUNK)
+        looked_at = args.prompts is None and (args.show != "none" or args.break_at)
+        if (
+            not looked_at or max(lengths) > compiled.CHUNK
+        ):  # else the one pass is that which is looked at
+            T = min(max(lengths), 256)
+    if args.max_new_tokens > 1:
+        compiled.prepare(step, prefill, model, rows, max(lengths), T)
+    return step, prefill
+
+
 def run(args: argparse.Namespace) -> None:
     """What the flags ask for."""
     prompts = given_prompts(args)
@@ -288,25 +316,35 @@ def run(args: argparse.Namespace) -> None:
     )
 
     def choose(logits: Tensor) -> Tensor:
-        check_finite(logits, weights)
-        logits = vocabulary.of_tokens(logits, tokenizer)
-        return llama.sample(logits, args.temperature, args.top_k, args.top_p, generator)
+        """The next token of each row, or -1 where logits are not finite: a GPU is not waited for."""
+        finite = logits.isfinite().all(-1)
+        logits = vocabulary.of_tokens(logits.masked_fill(~finite[:, None], 0), tokenizer)
+        tokens = llama.sample(logits, args.temperature, args.top_k, args.top_p, generator)
+        return tokens.masked_fill(~finite, -1)
+
+    def told(logits: Tensor, cache: llama.Cache, at: Tensor) -> Iterator[Tensor]:
+        """generate, with token ids on the CPU, and the error for those that are -1."""
+        steps = llama.generate(logits, weights, params, cache, at, choose, step)
+        for tokens in read_back(steps):
+            if (tokens < 0).any():
+                raise not_finite(weights)
+            yield tokens
 
     step: llama.Forward = one_token_step
+    prefill: Callable[..., Tensor] = llama.prefill
     if args.compile:
-        from parts.compiled import compiled_step
-
-        step = compiled_step()
+        step, prefill = compiled_for(model, args, prompts)
     if prompts is not None and args.prompts is not None:
-        return batch.answer_all(prompts, model, args, choose, step)
+        return batch.answer_all(prompts, model, args, choose, step, prefill)
 
-    watched = llama.forward
+    watched = None
     if args.break_at:
         from parts.inside import forward_with_breakpoints
 
         watched = forward_with_breakpoints(llama.forward, args.break_at, params)
-    go_on = functools.partial(llama.generate, choose=choose, step=step)
-    how = functools.partial(answer, model=model, args=args, watched=watched, go_on=go_on)
+    how = functools.partial(
+        answer, model=model, args=args, prefill=prefill, watched=watched, go_on=told
+    )
     if prompts is None:
         return conversation.converse(model, args, answer=how)
     ids = prompt_ids(prompts[0], tokenizer, params["max_seq_len"], args.chat, args.system)

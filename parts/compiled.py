@@ -1,28 +1,43 @@
-"""One decode step, compiled, for the script's --compile: the same `forward`, as machine code.
+"""`forward`, compiled, for the script's --compile: the same function, as machine code.
 
-On a CPU, the matrix products of one token become loops: over the weights, as fast as memory is read. On a
-GPU, the compiled step is also recorded in a CUDA graph: one launch in place of hundreds.
+On a CPU, the matrix products of one token become loops: over the weights, as fast as memory is read. On a GPU
+they become sums that Inductor fuses with what stands around them, attention takes another form for one token,
+for one token far into a text, and for a prompt, and the compiled step is recorded in a CUDA graph: one launch
+in place of hundreds. What is put in place of what stands in parts/rewritings.py.
 """
 
 import contextlib
 import functools
 import inspect
-import operator
+import itertools
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.fx.experimental._config
 from torch import Tensor
 from torch._dynamo import mark_dynamic
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 import llama3_from_scratch as llama
-from parts import processes
+from parts import processes, rewritings
+
+FAR = 4096  # positions from which on attention takes another form
+PIECE = 128  # positions: for a token far into a text, a GPU cuts the cache into such pieces
+CHUNK = 4096  # tokens of a prompt that a GPU reads at once: no scores are stored
+
+# Inductor keeps what it made on disk, and would not see that one of these has changed: so their text joins
+# the key.
+KEPT_BY_TEXT = {
+    f"{function.__module__}.{name}": inspect.getsource(function)
+    for name, function in vars(rewritings).items()
+    if inspect.isfunction(function)
+}
 
 
 @contextlib.contextmanager
@@ -53,56 +68,83 @@ def progress(what: str) -> Iterator[None]:
         print(f"{what}: {time.perf_counter() - started:.1f} s", file=sys.stderr)
 
 
-def as_loops(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b for one token, in a form that Inductor compiles to loops that multiply and sum.
-
-    a (1 1 D), b (D F, in memory F D): weights. a (1 K G X), b (1 K X Y): all keys or values.
-    """
-    if b.dim() == 2:
-        at_once, pieces = 2, 1  # through two rows of the weights at once, or,
-        if len(b) > 4096 and len(b) % 16 == 0:
-            at_once, pieces = 4, 16  # where they are long, through four piece by piece
-        x = a.float().unflatten(-1, (pieces, -1))
-        parts = b.T.unflatten(-1, (pieces, -1)).chunk(at_once)
-        sums = [(x * part.float()).sum(-1).sum(-1) for part in parts]
-        return torch.cat(sums, -1).to(b.dtype)[None]
-    rows = a.float().unbind(2)  # through b once, for all G queries that share it
-    return torch.stack([(row[..., None] * b.float()).sum(2) for row in rows], 2).to(b.dtype)
-
-
-# Inductor keeps what it made on disk, and would not see that as_loops has changed: its text joins the key.
-KEPT_BY_TEXT = {f"{__name__}.as_loops": inspect.getsource(as_loops)}
-
-
-def with_loops(graph: torch.fx.GraphModule, inputs: list[Tensor], options: dict[str, Any]) -> Any:
-    """Inductor with as_loops for `@`, which it leaves to a library that is slower for one token on a CPU."""
-    for node in graph.graph.find_nodes(op="call_function", target=operator.matmul):
-        a, b = (arg.meta["example_value"] for arg in node.args)
-        if b.dim() == 2 or (
-            a.shape[2] <= 16 and a.shape[3] <= 4096
-        ):  # a longer sum is slow as a loop
-            node.target = as_loops
+def rewritten(
+    graph: torch.fx.GraphModule,
+    inputs: list[Tensor],
+    rewrites: list[Callable[[torch.fx.Graph], int]],
+    options: dict[str, Any],
+) -> Any:
+    """Inductor, after rewritings of the graph: a backend for torch.compile."""
+    for rewrite in rewrites:
+        rewrite(graph.graph)
     graph.recompile()
+    options = options | {"unsafe_marked_cacheable_functions": KEPT_BY_TEXT}
     return compile_fx(graph, inputs, config_patches=options)
+
+
+def compiled_forward(
+    device: str, many: bool = False, far: bool = False, prompt: bool = False
+) -> Any:
+    """`forward` for one use: one token of one row, or of many, far into a text or not, or a prompt.
+
+    It is compiled when it is first called, for any number of positions, of rows if many, of tokens if prompt.
+    """
+    pieces = functools.partial(
+        rewritings.with_attention, attention=rewritings.one_query_in_pieces, more=(PIECE,)
+    )
+    three_sums = functools.partial(rewritings.with_attention, attention=rewritings.one_query)
+    flash = functools.partial(rewritings.with_attention, attention=rewritings.flash)
+    rewrites: list[Callable[[torch.fx.Graph], int]] = []
+    options: dict[str, Any] = {}
+    if prompt:
+        rewrites = [rewritings.with_real_pairs, flash]
+    elif device == "cpu":
+        options |= {"cpp.enable_floating_point_contract_flag": "fast"}
+        if not many:
+            # What is around the loops is compiled too (not where processes meet there), and what goes into a
+            # loop is computed before it, not again for each row of the weights.
+            options |= {"cpp_wrapper": processes()[1] == 1, "realize_reads_threshold": 0}
+            rewrites = [rewritings.with_loops]
+    else:
+        # Inductor measures how to cut a sum among threads, puts kernels that need nothing of each other into
+        # one, and (from Hopper on) lets each start while the one before it ends.
+        options |= {"coordinate_descent_tuning": True, "combo_kernels": True}
+        options |= {"triton.enable_pdl": torch.cuda.get_device_capability() >= (9, 0)}
+        rewrites = [rewritings.with_real_pairs]
+        if not many:
+            rewrites += [rewritings.with_sums, pieces if far else three_sums]
+        if far:
+            options |= {
+                "realize_reads_threshold": 0
+            }  # keys and values in float32, once for all queries
+    backend = functools.partial(rewritten, rewrites=rewrites, options=options)
+    return torch.compile(llama.forward, fullgraph=True, backend=backend)
+
+
+def first_call(words: str, run: Callable[[], Tensor]) -> Tensor:
+    """What a compiled function gives when it is called for the first time, and compiled."""
+    with progress(words), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*complex operators")  # the rotation stays PyTorch's own
+        warnings.filterwarnings(
+            "ignore", "(?s).*Online softmax"
+        )  # a hint for who works on Inductor
+        try:
+            return run()
+        except InductorError as problem:
+            if not isinstance(problem.inner_exception, InvalidCxxCompiler):
+                raise
+            needed = "--compile needs a C++ compiler such as g++, and finds none"
+            raise ValueError(needed) from None
 
 
 def compiled_step() -> llama.Forward:
     """`forward` for one new token a row, compiled: takes tokens, weights, params, cache, positions, last.
 
     It is compiled for one row when it first sees one, and once for all larger numbers of rows; for any number
-    of positions S that the cache shows, on a CPU once up to 4,096 and once beyond, where long sums go in
-    another way. Inductor keeps what it made on disk for the next run.
+    of positions S that the cache shows, once up to 4,096 and once beyond. Inductor keeps what it made on disk
+    for the next run.
     """
-    options: dict[str, Any] = {"cpp.enable_floating_point_contract_flag": "fast"}
-    code = torch.compile(llama.forward, fullgraph=True, options=options)
-    # For one row on a CPU what is around the loops is compiled too (not where processes meet there), and what
-    # goes into a loop is computed before it, not again for each row of the weights.
-    alone = processes()[1] == 1
-    options = options | {"cpp_wrapper": alone, "realize_reads_threshold": 0}
-    options |= {"unsafe_marked_cacheable_functions": KEPT_BY_TEXT}
-    looped = functools.partial(with_loops, options=options)
-    single = torch.compile(llama.forward, fullgraph=True, backend=looped)
-    compiled: set[tuple[bool, bool]] = set()
+    codes: dict[tuple[bool, bool], llama.Forward] = {}
     graphs: dict[Any, Any] = {}
 
     def step(
@@ -114,17 +156,21 @@ def compiled_step() -> llama.Forward:
         last: Tensor,
     ) -> Tensor:
         many = len(tokens) > 1
-        far = tokens.is_cpu and cache[0][0].shape[2] > 4096
+        far = cache[0][0].shape[2] > FAR
         if tokens.device.type == "mps":
             raise ValueError("--compile is for CPUs and CUDA, not for mps")
-        run: llama.Forward = single
-        if not tokens.is_cpu:
-            run = replay
-        elif many:
-            run = code
-        if (many, far) in compiled:
-            return run(tokens, weights, params, cache, positions, last)
-        compiled.add((many, far))
+        if tokens.is_cuda and far and not many:
+            llama.grow(cache, -(-cache[0][0].shape[2] // PIECE) * PIECE)
+        given = tokens, weights, params, cache, positions, last
+        known = (many, far) in codes
+        if not known:
+            codes[many, far] = compiled_forward(tokens.device.type, many, far)
+        code = codes[many, far]
+        run = functools.partial(code, *given)
+        if tokens.is_cuda:
+            run = functools.partial(replay, graphs, code, given)
+        if known:
+            return run()
         for keys_or_values in (x for layer in cache for x in layer):
             mark_dynamic(keys_or_values, 2)
             if many:
@@ -136,18 +182,48 @@ def compiled_step() -> llama.Forward:
             words += " for several rows"
         if far:
             words += " beyond 4,096 positions"
-        with progress(words), warnings.catch_warnings():
-            # the rotation stays PyTorch's own
-            warnings.filterwarnings("ignore", ".*complex operators")
-            try:
-                return run(tokens, weights, params, cache, positions, last)
-            except InductorError as problem:
-                if not isinstance(problem.inner_exception, InvalidCxxCompiler):
-                    raise
-                needed = "--compile needs a C++ compiler such as g++, and finds none"
-                raise ValueError(needed) from None
+        return first_call(words, run)
 
-    def replay(
+    return step
+
+
+def replay(graphs: dict[Any, Any], code: llama.Forward, given: tuple[Any, ...]) -> Tensor:
+    """The step through a CUDA graph: one for each cache and S, with its own places for what comes in."""
+    tokens, weights, params, cache, positions, last = given
+    key = tuple((x.data_ptr(), x.shape) for layer in cache for x in layer)
+    if key not in graphs:
+        graphs.clear()  # the cache has grown, or lost rows, or is another
+        places = tokens.clone(), positions.clone(), last.clone()
+        if len(tokens) > 1:
+            for place in places:
+                mark_dynamic(place, 0)
+        inside = places[0], weights, params, cache, *places[1:]
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):  # compiles, and lets the libraries allocate what they keep
+                code(*inside)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = code(*inside)
+        graphs[key] = graph, places, logits, cache  # kept: nothing else may get its addresses
+    graph, places, logits, _ = graphs[key]
+    for place, value in zip(places, (tokens, positions, last)):
+        place.copy_(value)
+    graph.replay()
+    return logits.clone()
+
+
+def compiled_prompt() -> llama.Forward:
+    """`forward` for a prompt or a chunk of one, compiled for a GPU; it takes what prefill gives it.
+
+    The last of the T new tokens must stand at the last of the S positions of the cache, as in prefill. It is
+    compiled for one row when it first sees one, and once for all larger numbers of rows.
+    """
+    codes: dict[bool, llama.Forward] = {}
+
+    def read(
         tokens: Tensor,
         weights: llama.Weights,
         params: llama.Params,
@@ -155,26 +231,59 @@ def compiled_step() -> llama.Forward:
         positions: Tensor,
         last: Tensor,
     ) -> Tensor:
-        """The step through a CUDA graph: one for each cache and S, with its own places for what comes in."""
-        key = tuple((x.data_ptr(), x.shape) for layer in cache for x in layer)
-        if key not in graphs:
-            graphs.clear()  # the cache has grown, or lost rows, or is another
-            places = tokens.clone(), positions.clone(), last.clone()
-            given = places[0], weights, params, cache, *places[1:]
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                for _ in range(3):  # compiles, and lets the libraries allocate what they keep
-                    code(*given)
-            torch.cuda.current_stream().wait_stream(aside)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                logits = code(*given)
-            graphs[key] = graph, places, logits, cache  # kept: nothing else may get its addresses
-        graph, places, logits, _ = graphs[key]
-        for place, value in zip(places, (tokens, positions, last)):
-            place.copy_(value)
-        graph.replay()
-        return logits.clone()
+        many = len(tokens) > 1
+        if tokens.shape[1] == 1:  # it would be compiled for that alone
+            return llama.forward(tokens, weights, params, cache, positions, last)
+        # The strides of a cut would be compiled in, too. A cache with room to spare is one that was cut.
+        tokens = tokens.clone(memory_format=torch.contiguous_format)
+        # Its copy is looked at through a view ([:]), since the other is a view too, which is compiled in.
+        whole = [(keys.contiguous()[:], values.contiguous()[:]) for keys, values in cache]
+        new = many not in codes
+        if new:
+            codes[many] = compiled_forward(tokens.device.type, many, prompt=True)
+            rows = (0,) if many else ()
+            marked: list[tuple[Tensor, tuple[int, ...]]] = [
+                (x, (*rows, 2)) for layer in whole for x in layer
+            ]
+            marked += [(tokens, (*rows, 1)), (positions, (1,)), (last, rows)]
+            for tensor, dims in marked:
+                for dim in dims:
+                    mark_dynamic(tensor, dim)
+        run = functools.partial(codes[many], tokens, weights, params, whole, positions, last)
+        words = "compiling the prompt's pass"
+        if many:
+            words += " for several rows"
+        # T and S are alike at first: that they are must not be compiled in.
+        with torch.fx.experimental._config.patch(use_duck_shape=False):  # type: ignore
+            logits = first_call(words, run) if new else run()
+        for given, used in zip(itertools.chain(*cache), itertools.chain(*whole)):
+            if used.data_ptr() != given.data_ptr():
+                given.copy_(used)
+        return logits
 
-    return step
+    return read
+
+
+def prepare(
+    step: llama.Forward,
+    prefill: Callable[..., Tensor],
+    model: llama.Model,
+    B: int,
+    seen: int,
+    T: int,
+) -> None:
+    """Compiles before any text is written: a step of B rows behind `seen` positions, a prompt of T tokens.
+
+    T 0: no prompt.
+    """
+    weights, params, _ = model
+    device = weights["norm.weight"].device
+    S = 512
+    if seen >= FAR:
+        S = min(seen + 1, 4 * FAR)  # what is measured for that serves for all that are longer
+    cache = llama.make_cache(weights, params, B, S)
+    tokens = torch.zeros((B, 1), dtype=torch.long, device=device)
+    with torch.no_grad():
+        step(tokens, weights, params, cache, torch.zeros_like(tokens), tokens[:, 0])
+    if T > 1:
+        prefill(tokens.repeat(1, T), weights, params, llama.make_cache(weights, params, B))

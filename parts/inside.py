@@ -17,17 +17,21 @@ from parts import first_line, printable, processes, vocabulary
 from parts.files import written_whole
 
 
-def check_finite(logits: Tensor, weights: llama.Weights) -> None:
-    """ValueError if logits are NaN or infinite, with the name of the first weight that is."""
-    if logits.isfinite().all():
-        return
+def not_finite(weights: llama.Weights) -> ValueError:
+    """The error for logits that are NaN or infinite, with the name of the first weight that is."""
     for name, w in weights.items():
         if not w.isfinite().all():
             cause = "the file is damaged"
             if w.dtype == torch.float16 and not w.isnan().any():
                 cause = "it may be too large for float16: --dtype float32 or bfloat16 holds more"
-            raise ValueError(f"{name} holds a number that is not finite; {cause}")
-    raise ValueError("the logits are not finite, though the weights are; --dtype float32 may help")
+            return ValueError(f"{name} holds a number that is not finite; {cause}")
+    return ValueError("the logits are not finite, though the weights are; --dtype float32 may help")
+
+
+def check_finite(logits: Tensor, weights: llama.Weights) -> None:
+    """ValueError if logits are NaN or infinite."""
+    if not logits.isfinite().all():
+        raise not_finite(weights)
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:

@@ -11,7 +11,7 @@ from conftest import relative_error, some_tokens
 from torch._dynamo.utils import counters
 
 import llama3_from_scratch as llama
-from parts import compiled
+from parts import compiled, rewritings
 from parts.batch import advance, rows_of
 
 pytestmark = pytest.mark.skipif(
@@ -44,7 +44,7 @@ def go_on(params, weights, tokens, new, step, leave=None):
         found.append(tokens.tolist())
         if n == leave:
             tokens, positions, cache = tokens[-1:], positions[-1:], rows_of(cache, [B - 1])
-        logits = advance(tokens, weights, params, cache, positions, step)
+        logits = advance(tokens, weights, params, cache, positions, int(positions.max()) + 1, step)
         positions = positions + 1
     return found
 
@@ -57,7 +57,7 @@ def test_compiled_equals_eager_and_compiles_once(model, capsys, monkeypatch):
 
     def count(graph, *args, **options):
         calls = [node.target for node in graph.graph.nodes]
-        products.append((calls.count(compiled.as_loops), calls.count(operator.matmul)))
+        products.append((calls.count(rewritings.as_loops), calls.count(operator.matmul)))
         return compile_fx(graph, *args, **options)
 
     monkeypatch.setattr(compiled, "compile_fx", count)
@@ -78,10 +78,8 @@ def test_compiled_equals_eager_and_compiles_once(model, capsys, monkeypatch):
         expected = go_on(params, weights, tokens, 200, llama.forward, leave)
         assert go_on(params, weights, tokens, 200, step, leave) == expected
     assert graphs() - before == 3
-    assert products == [
-        (2 * 9 + 1, 0),
-        (2 * 8 + 1, 2),
-    ]  # past 4,096 the sums over values stay products
+    # past 4,096 the sums over values stay products, and all of them for several rows
+    assert products == [(2 * 9 + 1, 0), (2 * 8 + 1, 2), (0, 2 * 9 + 1)]
 
 
 def test_compiled_bfloat16_is_no_worse_than_eager(model):
@@ -92,8 +90,9 @@ def test_compiled_bfloat16_is_no_worse_than_eager(model):
     reference = llama.forward(tokens, exact, params)[:, -1]
     errors = []
     for run in (llama.forward, step):
-        cache = llama.make_cache(weights, params, 1, 128)
+        cache = llama.make_cache(weights, params, 1)
         llama.prefill(tokens[:, :-1], weights, params, cache)
+        llama.grow(cache, 128)
         logits = run(
             tokens[:, -1:], weights, params, cache, torch.tensor([[39]]), torch.tensor([0])
         )
@@ -104,7 +103,7 @@ def test_compiled_bfloat16_is_no_worse_than_eager(model):
 def looped(function, **options):
     """The function, compiled as in the step of one row."""
     torch._dynamo.reset()
-    backend = functools.partial(compiled.with_loops, options={})
+    backend = functools.partial(compiled.rewritten, rewrites=[rewritings.with_loops], options={})
     return torch.compile(function, backend=backend, fullgraph=True, **options)
 
 
@@ -151,13 +150,82 @@ def test_which_products_are_loops(G, X, loops, monkeypatch):
     monkeypatch.setattr(
         compiled, "compile_fx", lambda graph, *_, **__: seen.append(graph) or graph.forward
     )
-    backend = functools.partial(compiled.with_loops, options={})
+    backend = functools.partial(compiled.rewritten, rewrites=[rewritings.with_loops], options={})
     run = torch.compile(
         lambda a, b: (a @ b, a[:, :1, 0] @ b[0, 0]), backend=backend, fullgraph=True
     )
     run(torch.ones(1, 2, G, X), torch.ones(1, 2, X, 8))
-    assert len(seen[0].graph.find_nodes(op="call_function", target=compiled.as_loops)) == loops + 1
+    assert (
+        len(seen[0].graph.find_nodes(op="call_function", target=rewritings.as_loops)) == loops + 1
+    )
     assert len(seen[0].graph.find_nodes(op="call_function", target=operator.matmul)) == 1 - loops
+
+
+def in_pieces(graph):
+    return rewritings.with_attention(graph, rewritings.one_query_in_pieces, more=(16,))
+
+
+def with_one_query(graph):
+    return rewritings.with_attention(graph, rewritings.one_query)
+
+
+def with_flash(graph):
+    return rewritings.with_attention(graph, rewritings.flash)
+
+
+@pytest.mark.parametrize(
+    "rewrite, each, once, T",
+    [
+        (rewritings.with_loops, 9, 1, 1),
+        (rewritings.with_real_pairs, 2, 0, 1),
+        (rewritings.with_sums, 7, 1, 1),
+        (with_one_query, 1, 0, 1),
+        (in_pieces, 1, 0, 1),
+        (rewritings.with_real_pairs, 2, 0, 5),
+        (with_flash, 1, 0, 5),
+    ],
+)
+@pytest.mark.parametrize("B", [1, 2])
+def test_rewritings_give_what_forward_gives(model, rewrite, each, once, T, B):
+    """The graph itself, not compiled: so many nodes are replaced, and the logits stay."""
+    if B > 1 and rewrite in (rewritings.with_loops, rewritings.with_sums):
+        pytest.skip("they are for one row")
+    params, weights = model(n_layers=2)
+    torch._dynamo.reset()
+    replaced = []
+
+    def backend(graph, inputs):
+        replaced.append(rewrite(graph.graph))
+        graph.recompile()
+        return graph.forward
+
+    tokens, rewritten = some_tokens(params, B=B, T=43 + T), []
+    for run in (llama.forward, torch.compile(llama.forward, fullgraph=True, backend=backend)):
+        cache = llama.make_cache(weights, params, B)
+        llama.prefill(tokens[:, :43], weights, params, cache)
+        llama.grow(cache, 48)
+        at = torch.arange(43, 43 + T)[None]
+        with torch.no_grad():
+            rewritten.append(run(tokens[:, 43:], weights, params, cache, at))
+    assert replaced == [2 * each + once]
+    assert relative_error(rewritten[1], rewritten[0]) < 1e-6
+
+
+def test_the_prompts_pass_is_compiled_once(model):
+    """Any number of tokens, alone or behind others, one row; once more for several."""
+    params, weights = model(n_layers=1)
+    torch._dynamo.reset()
+    before, read = graphs(), compiled.compiled_prompt()
+    for B, T, chunk, spare in (
+        (1, 20, 0, 0), (1, 33, 8, -33), (1, 90, 31, -90), (1, 40, 0, 7), (2, 20, 14, -20), (3, 50, 30, 5)
+    ):  # fmt: skip
+        tokens = some_tokens(params, B=B, T=T)
+        cache, other = (llama.make_cache(weights, params, B, S) for S in (T + spare, 0))
+        found = llama.prefill(tokens, weights, params, cache, read=read, chunk=chunk)
+        expected = llama.prefill(tokens, weights, params, other)
+        assert relative_error(found, expected) < 1e-5
+        assert relative_error(cache[0][1][:, :, :T], other[0][1]) < 1e-5
+    assert graphs() - before == 2
 
 
 @pytest.mark.parametrize(

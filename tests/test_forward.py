@@ -319,7 +319,9 @@ def test_rows_of_different_lengths_run_together(model, monkeypatch):
                 keep = [at for at, row in enumerate(rows) if row != gone]
                 rows = [row for row in rows if row != gone]
                 chosen, positions, cache = chosen[keep], positions[keep], rows_of(cache, keep)
-            logits = advance(chosen, weights, params, cache, positions, one_token_step)
+            logits = advance(
+                chosen, weights, params, cache, positions, int(positions.max()) + 1, one_token_step
+            )
             positions = positions + 1
         assert [len(out) for out in new] == [5, 30, 21, 30, 10]
         assert all(out == alone[row][: len(out)] for row, out in enumerate(new))

@@ -4,6 +4,7 @@
     python tools/bench.py /tmp/1b                                      the script alone
     python tools/bench.py /tmp/1b --peers transformers llama.cpp         beside others that are installed
     python tools/bench.py /tmp/1b --long                               prompts of 8k and 32k tokens too
+    python tools/bench.py --device cuda                                  a GPU, in ten minutes
 
 Machines are shared and change from minute to minute. So every contender has a process of its own that
 stays loaded, they take turns (A B C, A B C, …), and medians and their ratios are what counts. Each turn
@@ -634,6 +635,11 @@ def chart(found, reach, path):
 
 
 def run(argv):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:2] == ["--device", "cuda"] and (len(argv) == 2 or argv[2].startswith("--")):
+        from tools import bench_gpu  # it makes its weights itself
+
+        return bench_gpu.run(argv[2:])
     parser = flags_of(description=__doc__)
     add = parser.add_argument
     add("weights", help="a checkpoint in any layout, such as tools/random_checkpoint.py makes")
