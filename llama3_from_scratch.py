@@ -57,6 +57,7 @@ Cache = list[KeysValues]  # of each layer
 Probe = Callable[[str, str, Tensor], Tensor]  # (name, dims, tensor) to the tensor that flows on
 Forward = Callable[..., Tensor]  # forward, or what stands for it: compiled, or with a probe
 Model = tuple[Weights, Params, tiktoken.Encoding]
+Source = str | Path | Model  # a folder with a model, or one that is loaded
 Dtype = torch.dtype | None  # a number format, or that of the file
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HERE = Path(__file__).resolve().parent
@@ -346,8 +347,7 @@ def forward(
     asked = "B T" if last is None else "B 1"
     x = x if last is None else x[torch.arange(B, device=x.device), last][:, None]
     h = probe("norm", f"{asked} D", rms_norm(x, weights["norm.weight"], params["norm_eps"]))
-    logits = probe("logits", f"{asked} V", project(h, weights["output.weight"]).float())
-    return logits
+    return probe("logits", f"{asked} V", project(h, weights["output.weight"]).float())
 
 
 # ----------------------------------------------------------------------------- sample and generate
@@ -537,10 +537,7 @@ def text_of(steps: Iterable[Tensor], tokenizer: tiktoken.Encoding, new: list[int
 
 
 def stream(
-    prompt: str | list[int],
-    weights: str | Path | Model = TINY,
-    max_new_tokens: int = 100,
-    **options: Any,
+    prompt: str | list[int], weights: Source = TINY, max_new_tokens: int = 100, **options: Any
 ) -> Iterator[str]:
     """Yields the text that goes on from a prompt, piece by piece.
 
