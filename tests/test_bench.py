@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT
 
 import llama3_from_scratch as llama
-from tools import bench
+from tools import bench, bench_gpu
 
 TINY = ROOT / "weights/tiny"
 
@@ -73,3 +73,29 @@ def test_the_table_in_words_and_ratios():
     cells = lines[-1].split(" | ")
     assert lines[-2].endswith(" | 3 MB |")
     assert cells[3:] == ["12 (8 to 16)", "0.62", "1.25", "100%", "2 of 3", " |"]
+
+
+def test_a_gpus_figures_as_tables():
+    decode = {"sync_ms": 2.0, "free_ms": 1.0, "took_s": 1.0}
+    found = {
+        ("step", "1b"): [
+            (("decode", 512), decode | {"free_ms": 99.0}),  # the first compiles, and does not count
+            (("decode", 512), decode),
+            (("machine", None), {"name": "X", "torch": "2", "read_GBs": 4000.0, "TFLOPs": 700.0}),
+            (("profile", 512), {"kernels": [[5.0, 1.0, "triton_a"]]}),
+        ],
+        ("rows", "1b"): [(("rows", 8), {"ms": 9.0}), (("rows", 8), {"ms": 2.0})],
+        ("far", "1b"): [(("decode", 131072), {"error": "no answer in time"})],
+    }
+    text = "\n".join(bench_gpu.report(found, ["1b"]))
+    assert "| step | 2.000 | 1.000 |" in text and "8 rows: 2.00 ms a step, 4.0 × one row" in text
+    assert "X, torch 2; reads 4,000 GB/s" in text and "triton_a" in text
+    assert "| step at 131,072 positions | not measured | not measured |" in text
+
+
+def test_a_gpu_that_is_not_there(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.main(["--device", "cuda"]) == 2
+    assert "no CUDA GPU" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="GPT_FAST"):
+        bench_gpu.run(["--device", "cpu", "--peers", "gpt-fast"])
