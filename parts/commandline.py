@@ -18,7 +18,7 @@ from torch import Tensor
 import llama3_from_scratch as llama
 from parts import batch, conversation, for_screen, printable, vocabulary
 from parts.chat import prompt_ids
-from parts.eager import one_token_step, read_back
+from parts.eager import one_token_step, read_back, start_libraries
 from parts.inside import check_finite, not_finite
 from parts.programs import flags_of, run_program
 
@@ -311,6 +311,7 @@ def run(args: argparse.Namespace) -> None:
         force=args.force,
         positions=positions,
     )
+    start_libraries(model)
     generator = torch.Generator(args.device).manual_seed(
         torch.seed() if args.seed is None else args.seed
     )

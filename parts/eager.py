@@ -39,6 +39,16 @@ def keep_freed_memory() -> None:
     torch.empty(2**24, dtype=torch.uint8)
 
 
+def start_libraries(model: llama.Model) -> None:
+    """On a GPU: one small pass, so that the start of its libraries is not counted into the time of a prompt."""
+    weights, params, _ = model
+    tokens = torch.zeros((1, 2), dtype=torch.long, device=weights["norm.weight"].device)
+    if tokens.is_cuda:
+        llama.prefill(
+            tokens, weights, params | {"n_layers": 1}, llama.make_cache(weights, params, 1)
+        )
+
+
 def read_back(steps: Iterator[Tensor]) -> Iterator[Tensor]:
     """The token ids (B) of each step, on the CPU; those of a GPU while it computes the next step.
 
