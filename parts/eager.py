@@ -40,7 +40,7 @@ def keep_freed_memory() -> None:
 
 
 def start_libraries(model: llama.Model) -> None:
-    """On a GPU: one small pass, so that the start of its libraries is not counted into the time of a prompt."""
+    """On a GPU: one small pass, so that the start of its libraries is not in the time of a prompt."""
     weights, params, _ = model
     tokens = torch.zeros((1, 2), dtype=torch.long, device=weights["norm.weight"].device)
     if tokens.is_cuda:
