@@ -280,11 +280,10 @@ def compiled_for(
     if args.device == "cuda":
         read = compiled.compiled_prompt()
         prefill = functools.partial(llama.prefill, read=read, chunk=compiled.CHUNK)
+        # A prompt that is looked at goes through the plain pass, but for the chunks before its last.
         looked_at = args.prompts is None and (args.show != "none" or args.break_at)
-        if (
-            not looked_at or max(lengths) > compiled.CHUNK
-        ):  # else the one pass is that which is looked at
-            T = min(max(lengths), 256)
+        if not looked_at or max(lengths) > compiled.CHUNK:
+            T = max(2, min(max(lengths), 256))
     if args.max_new_tokens > 1:
         compiled.prepare(step, prefill, model, rows, max(lengths), T)
     return step, prefill
