@@ -347,7 +347,8 @@ def forward(
     asked = "B T" if last is None else "B 1"
     x = x if last is None else x[torch.arange(B, device=x.device), last][:, None]
     h = probe("norm", f"{asked} D", rms_norm(x, weights["norm.weight"], params["norm_eps"]))
-    return probe("logits", f"{asked} V", project(h, weights["output.weight"]).float())
+    logits = probe("logits", f"{asked} V", project(h, weights["output.weight"]).float())
+    return logits
 
 
 # ----------------------------------------------------------------------------- sample and generate
@@ -380,7 +381,7 @@ def prefill(
     cache: Cache,
     start: int = 0,
     lengths: Tensor | None = None,
-    read: Forward = forward,
+    read: Forward | None = None,
     chunk: int = 0,  # tokens at once; 0: as chunk_size says
     watched: Forward | None = None,
 ) -> Tensor:
@@ -398,7 +399,7 @@ def prefill(
         views = [(keys[:, :, : start + b], values[:, :, : start + b]) for keys, values in cache]
         positions = torch.arange(start + a, start + b, device=tokens.device)[None]
         last = (ends - 1 - a).clamp(0, b - a - 1)
-        run = watched if watched and b == T else read
+        run = (watched if b == T else None) or read or forward
         chunk_logits = run(tokens[:, a:b], weights, params, views, positions, last)
         logits = torch.where(ends[:, None, None] > a, chunk_logits, logits)  # of rows not yet ended
         a = b
@@ -510,8 +511,7 @@ def load_model(
     factor = options.get("rope_scaling_factor") or params["rope_scaling_factor"]
     params["rope_scaling_factor"] = factor = factor * params["use_scaled_rope"]  # 0: not scaled
     count = max(1, len(list(folder.glob("consolidated.??.pth"))))
-    names = [f"consolidated.{n:02}.pth" for n in range(count)]
-    shards = {name: open_pth(folder / name) for name in names}
+    shards = {f"{n}": open_pth(folder / f"consolidated.{n:02}.pth") for n in range(count)}
     tokenizer = load_tokenizer(folder / "tokenizer.model")
     shapes = {*weight_shapes(params), "rope.freqs"}  # that one is Llama 2's, and not needed
     for name, w in itertools.chain(*(shard.items() for shard in shards.values())):

@@ -200,7 +200,8 @@ def test_a_character_is_held_back_until_it_is_whole(capsys, monkeypatch):
     )
     args = commandline.parse_arguments(["x", "--show", "none"])
     model = None, {"max_seq_len": 99}, tokenizer
-    how = {"model": model, "args": args, "watched": None, "go_on": lambda *_: iter(said[:-1])}
+    how = {"model": model, "args": args, "watched": None, "prefill": llama.prefill}
+    how["go_on"] = lambda *_: iter(said[:-1])
     commandline.answer([1], None, 0, **how)
     assert [piece for piece in pieces if piece] == ["a", "🦙", "中", "é"]
 
@@ -218,6 +219,7 @@ def test_stops_on_every_stop_token(monkeypatch):
             "model": model,
             "args": args,
             "watched": None,
+            "prefill": llama.prefill,
             "go_on": lambda *_, said=said: iter(said),
         }
         new = commandline.answer([1], None, 0, **how)
