@@ -498,6 +498,12 @@ REFUSED = {  # what is put into config.json, and what must be named
     "tie_word_embeddings is 0": {"tie_word_embeddings": 0},
     "the RoPE settings are 0": {"rope_parameters": 0},
     "original_max_position_embeddings is 8192 and 4096": {"original_max_position_embeddings": 4096},
+    "is_causal is False": {"is_causal": False},
+    "use_causal_mask is False": {"use_causal_mask": False},
+    "use_rope is 0": {"use_rope": 0},
+    "scale_attn_weights is False": {"scale_attn_weights": False},
+    "use_positional_embedding is False": {"use_positional_embedding": False},
+    "attention is {'causal': False}": {"attention": {"causal": False}},
     "model_type is 'qwen2'": {"model_type": "qwen2"},
     "model_type is ['llama']": {"model_type": ["llama"]},
     "(no_rope_layers changes the result)": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1]},
@@ -535,6 +541,10 @@ HARMLESS = {
     "rope_theta": 500000.0,
     "hidden_act": "swish",
     "num_experts": 0,
+    "is_causal": True,
+    "use_rope": True,
+    "scale_attn_weights": 1,
+    "attention": {"causal": True, "bias": False},
 }
 
 
@@ -831,6 +841,17 @@ def test_is_the_download_complete(checkpoint, folder):
     other = checkpoint(name="other")
     (other / "params.json").write_text(json.dumps(SMALL | {"vocab_size": 600}))
     said = error_of(other)
-    assert "the params are another model's" in said and "complete" not in said
-    change_config(folder, intermediate_size=200)
-    assert "complete" not in error_of(folder)
+    assert "the params are another model's" in said and "is the download" not in said
+    assert said.startswith(f"{other}/consolidated.00.pth: ")
+
+
+@pytest.mark.parametrize("sizes", [{"num_key_value_heads": 4}, {"intermediate_size": 200}])
+def test_sizes_that_do_not_fit_are_no_lost_download(folder, sizes):
+    """A tensor of half the rows is no slice: only Meta cuts tensors, into files of its own names."""
+    change_config(folder, **sizes)
+    said = error_of(folder)
+    assert said.startswith(f"{folder}: the safetensors files: layers.0.") and "complete" not in said
+    assert "the params (config.json's or params.json's sizes) do not fit this tensor" in said
+    (folder / "model.safetensors").rename(folder / "merged.safetensors")
+    said = error_of(folder / "merged.safetensors")
+    assert said.startswith(f"{folder}/merged.safetensors: layers.0.") and "complete" not in said

@@ -257,6 +257,15 @@ def test_what_is_refused_by_name(small, untold, script, fields, says):
     assert run.stderr.startswith("error: ") and says in run.stderr and "\x1b" not in run.stderr
 
 
+def test_other_heads_than_the_tensors_have_are_no_lost_download(small, untold):
+    path, _, _ = small(fields={"llama.attention.head_count_kv": 4})
+    with pytest.raises(ValueError) as caught:
+        llama.load_model(path, quiet=True)
+    said = str(caught.value)
+    assert said.startswith(f"{path}: layers.0.attention.wk.weight: ") and "complete" not in said
+    assert "the params (its metadata's sizes) do not fit this tensor" in said
+
+
 def test_what_changes_nothing_is_accepted(small, untold):
     harmless = {
         "llama.expert_count": 0,
