@@ -1,8 +1,8 @@
 """Hugging Face's config.json as Meta's params: each key is honoured, known not to matter, or refused by name.
 
-The keys that change nothing are known, and those of what every Llama does, which must not be off. Every other
-key is refused unless its value says that it is off: a new kind of model has a new key, and its logits would be
-wrong in silence. The defaults are transformers'.
+The keys that change nothing are known, and those of what every Llama does, which must not be off. Every
+other key is refused unless its value says that it is off: a new kind of model has a new key, and its logits
+would be wrong in silence. The defaults are transformers'.
 """
 
 import reprlib
@@ -59,6 +59,7 @@ OFF = {  # key: values that change nothing, beside null; keys not known: false, 
     "embedding_multiplier": (1.0,),
     "embedding_scale": (1.0,),
     "residual_multiplier": (1.0,),
+    "residual_scale": (1.0,),
     "logits_scaling": (1.0,),
     "logit_scale": (1.0,),
     "query_pre_attn_scalar": (),

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from llama3_from_scratch import Params, Weights
-from parts import layouts, printable
+from parts import config, layouts, printable
 
 Header = dict[str, Any]  # "version", "fields" (by key), "tensors" (by name), "start" of their data
 Entry = tuple[
@@ -360,15 +360,12 @@ PARAMS = {  # Meta's: llama.cpp's, each after "llama."
 }
 HARMLESS: dict[
     str, tuple[Any, ...] | None
-] = {  # other keys: what they may say without changing the arithmetic; None: anything
+] = {  # what they may say without changing the arithmetic; None: anything; of others, config knows
     "vocab_size": None,
     "tensor_data_layout": None,
     "rope.scaling.original_context_length": None,
     "rope.scaling.finetuned": None,
     "rope.scaling.attn_factor": (1.0,),
-    "attention.causal": (True,),
-    "expert_count": (0,),
-    "expert_used_count": (0,),
 }
 SCALING = ("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "rope.dimension_count")
 
@@ -393,6 +390,7 @@ def params_of(fields: dict[str, Any], path: Path, rope_factors: Tensor | None, V
     harmless["attention.value_length"] = harmless["rope.dimension_count"] = (
         said["attention.key_length"],
     )
+    read = {*PARAMS.values(), *SCALING} - harmless.keys()
     window, context = said.get("attention.sliding_window"), said.get("context_length")
     if window == 0 or (type(window) is type(context) is int and window >= context):
         harmless["attention.sliding_window"] = None
@@ -400,7 +398,9 @@ def params_of(fields: dict[str, Any], path: Path, rope_factors: Tensor | None, V
         allowed = harmless.get(key)
         if key in harmless and (allowed is None or value in allowed):
             continue
-        if key in harmless or key not in {*PARAMS.values(), *SCALING}:
+        if key not in {*harmless, *read} and config.says_off(key.rpartition(".")[2], value):
+            continue
+        if key not in read:
             raise ValueError(
                 f"{path}: llama.{printable(key)} is {printable(repr(value))[:40]}, which is not supported: "
                 "it makes this another kind of model"
@@ -517,7 +517,7 @@ def scaling_of(factors: Tensor, params: Params) -> Params | None:
 
 # ---------------------------------------------------------------------------------------- the tokenizer
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of tokens; 5 is unused, 6 a byte
 BYTE_LEVEL = {
     "type": "ByteLevel",
     "add_prefix_space": False,
@@ -604,7 +604,7 @@ def tokenizer_of(
             )
         return n
 
-    config: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "add_bos_token": fields.get(
             "tokenizer.ggml.add_bos_token", model == "llama" or made["model"]["ignore_merges"]
         ),
@@ -614,11 +614,11 @@ def tokenizer_of(
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         n = token(theirs)
         if n is not None:
-            config[f"{ours}_token"] = tokens[n]
+            settings[f"{ours}_token"] = tokens[n]
     ends = {token(key) for key in ("eos", "eot", "eom")} - {None}
     names = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")  # Llama 3's
     ends |= {n for n in added if types[n] == CONTROL and tokens[n] in names}
-    return made, config, sorted(n for n in ends if n is not None)
+    return made, settings, sorted(n for n in ends if n is not None)
 
 
 def byte_level(fields: dict[str, Any], tokens: list[str], path: Path) -> dict[str, Any]:
