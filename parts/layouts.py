@@ -685,11 +685,28 @@ def find_layouts(path: Path) -> dict[str, Callable[[], Opened]]:
     return layouts
 
 
-def refuse_adapter(path: Path) -> None:
-    """ValueError if this is a LoRA adapter, or a folder that holds one."""
-    there = [path / ADAPTER] if path.is_dir() else [path]
-    if there[0].name == ADAPTER and there[0].exists() or path.name.startswith("adapter_model."):
+# Files with a model of their own, beside which an adapter may lie.
+WHOLE = (
+    "model*.safetensors*",
+    "pytorch_model*.bin*",
+    "consolidated.*",
+    "original/consolidated.*",
+    "meta_model_*.pt",
+    "*.pth",
+    "*.gguf",
+)
+
+
+def refuse_adapter(path: Path) -> str:
+    """Words for the report where a LoRA adapter lies beside a model; ValueError if this is nothing else."""
+    if path.name == ADAPTER or path.name.startswith("adapter_model."):
         raise ValueError(f"{path}: {MERGE_IT}")
+    folder = path if path.is_dir() else path.parent
+    if not (folder / ADAPTER).exists():
+        return ""
+    if path.is_dir() and not any(file for kind in WHOLE for file in path.glob(kind)):
+        raise ValueError(f"{path}: {MERGE_IT}")
+    return ", an adapter beside it is not used"
 
 
 def gguf_layouts(folder: Path) -> dict[str, Callable[[], Opened]]:
@@ -761,7 +778,7 @@ def open_checkpoint(
     if not local.is_dir() and not local.is_file():
         found = "neither a file nor a folder" if local.exists() else "no such file or folder"
         raise ValueError(f"{path}: {found}")
-    refuse_adapter(local)
+    adapter = refuse_adapter(local)
     layouts = find_layouts(local) if local.is_dir() else layouts_of_file(local)
     if not layouts:
         held = sorted(file.name for file in local.iterdir())
@@ -776,6 +793,7 @@ def open_checkpoint(
     params, shards, tokenizer, convert, words = layouts[taken]()
     if others:
         words += f" (there is also {', '.join(others)})"
+    words += adapter
     if rope_scaling_factor:
         if not params["use_scaled_rope"]:
             raise ValueError(
