@@ -252,6 +252,7 @@ def test_pytorch_model_bin(saved, folder, shards):
         assert f"{one.name}: no such file" in said and "is the download complete?" in said
 
 
+W = torch.ones(2, 2)
 OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-3}]}
 WRAPS = {
     "model": lambda tensors: {"model": tensors, "optimizer": OPTIMIZER, "step": 3},
@@ -262,6 +263,10 @@ WRAPS = {
     },
     "twice": lambda tensors: {"state_dict": {"model": tensors}},
     "rasbt": lambda tensors: {"model_state_dict": tensors, "optimizer_state_dict": OPTIMIZER},
+    "a step": lambda tensors: {"model": tensors, "iter": torch.tensor(3)},
+    "a loss": lambda tensors: {"model_state_dict": tensors, "loss": torch.tensor([2.5])},
+    "an average": lambda tensors: {"ema": dict.fromkeys(tensors, W), "model": tensors},
+    "settings": lambda tensors: {"model": {"dim": 64}, "state_dict": tensors},
 }
 
 
@@ -278,6 +283,13 @@ def test_a_dict_in_a_dict(saved, folder, checkpoint, wrap):
 def test_dicts_that_are_not_understood(folder):
     saved_as_bin(folder, lambda tensors: {"model": tensors, "state_dict": tensors})
     assert "model and state_dict are both dicts" in error_of(folder)
+    saved_again = {"ema": {"x": W}, "teacher": {"x": W}, "step": torch.tensor(3)}
+    torch.save(saved_again, folder / "pytorch_model.bin")
+    assert "ema and teacher are both dicts; keep one, as 'model'" in error_of(folder)
+    torch.save({"ema": {"x": W}, "step": 3}, folder / "pytorch_model.bin")
+    assert "ema holds a dict" in error_of(folder)
+    torch.save({"model": {"x": W}, "norm.weight": W}, folder / "pytorch_model.bin")
+    assert "model holds a dict" in error_of(folder)
     endless = {}
     endless["model"] = endless
     torch.save(endless, folder / "pytorch_model.bin")
@@ -300,6 +312,29 @@ def test_lora_adapters_are_refused_by_that_name(folder, tmp_path):
         assert "LoRA adapter" in said and "merge_and_unload" in said
     shutil.copy(file, folder / "other.safetensors")
     assert f"{name} belongs to a LoRA adapter" in error_of(folder / "other.safetensors")
+
+
+@pytest.mark.parametrize("make", ["a file", "a pipe"])
+@pytest.mark.parametrize("kind", ["hf", "bin", "meta", "original"])
+def test_a_model_with_an_adapter_beside_it(saved, folder, checkpoint, kind, make):
+    if kind == "bin":
+        saved_as_bin(folder)
+    if kind in ("meta", "original"):
+        folder = checkpoint(name=f"m/{kind}")
+        folder = folder.parent if kind == "original" else folder
+    expected = logits_of(folder)
+    assert "adapter" not in words_of(folder)
+    adapter = folder / "adapter_config.json"
+    os.mkfifo(adapter) if make == "a pipe" else adapter.write_text('{"peft_type": "LORA"}')
+    if make == "a file":
+        name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+        save_file({name: torch.zeros(2, 64)}, folder / "adapter_model.safetensors")
+    assert torch.equal(logits_of(folder), expected)
+    assert ", an adapter beside it is not used, " in words_of(folder)
+    if kind == "hf":
+        assert ", an adapter beside it is not used, " in words_of(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        assert f"{folder}: a LoRA adapter" in error_of(folder)
 
 
 # ------------------------------------------------------------------------------------ one file of any name
