@@ -1,7 +1,8 @@
 """Hugging Face's config.json as Meta's params: each key is honoured, known not to matter, or refused by name.
 
-The keys that change nothing are known. Every other key is refused unless its value says that it is off: a
-new kind of model has a new key, and its logits would be wrong in silence. The defaults are transformers'.
+The keys that change nothing are known, and those of what every Llama does, which must not be off. Every
+other key is refused unless its value says that it is off: a new kind of model has a new key, and its logits
+would be wrong in silence. The defaults are transformers'.
 """
 
 import reprlib
@@ -50,7 +51,7 @@ HARMLESS = set(
     finetuning_task problem_type id2label label2id num_labels is_decoder
     """.split()
 )
-OFF = {  # key: values that change nothing, beside null; other keys: false, 0, "" or nothing in it
+OFF = {  # key: values that change nothing, beside null; keys not known: false, 0, "" or nothing in it
     "hidden_act": ("silu", "swish"),
     "hidden_activation": ("silu", "swish"),
     "attn_scale": (1.0,),
@@ -58,11 +59,22 @@ OFF = {  # key: values that change nothing, beside null; other keys: false, 0, "
     "embedding_multiplier": (1.0,),
     "embedding_scale": (1.0,),
     "residual_multiplier": (1.0,),
+    "residual_scale": (1.0,),
     "logits_scaling": (1.0,),
     "logit_scale": (1.0,),
     "query_pre_attn_scalar": (),
     "layer_norm_eps": (),
 }
+ON = set(  # what every Llama does: off makes another kind of model
+    """
+    is_causal causal use_causal_mask causal_mask attention_causal causal_attention use_rope rope
+    use_rotary use_rotary_embedding use_rotary_embeddings rotary_embedding
+    use_positional_embedding use_positional_embeddings use_position_embedding
+    use_position_embeddings scale_attn_weights scale_attention scale_attn use_attn_scale
+    use_rms_norm use_rmsnorm rms_norm use_gated_mlp gated_mlp use_swiglu swiglu pre_norm
+    use_pre_norm norm_affine use_norm_weight
+    """.split()
+)
 ALL_ALIKE = {"layer_types": "full_attention", "no_rope_layers": 1}  # lists, an entry a layer
 ROPE_KEYS = {  # what a kind of RoPE reads, beside the angle of the first pair
     "default": set(),
@@ -80,6 +92,8 @@ def says_off(key: str, value: Any) -> bool:
     """Does this value leave the arithmetic as it is? Of a key that is not known: is it nothing, or off?"""
     if value is None:
         return True
+    if key in ON:
+        return bool(value == 1)  # true is 1
     if key in OFF:
         return value in OFF[key] and not isinstance(value, bool)
     if key in ALL_ALIKE and isinstance(value, list):

@@ -20,9 +20,12 @@ import torch
 from torch import Tensor
 
 from llama3_from_scratch import Params, Weights
-from parts import layouts, printable
+from parts import config, layouts, printable
 
 Header = dict[str, Any]  # "version", "fields" (by key), "tensors" (by name), "start" of their data
+Opened = dict[
+    str, Any
+]  # "file", its "size" and "path", how many "strings" of lists it may still have
 Entry = tuple[
     str, tuple[int, ...], int, int
 ]  # of a tensor: file, shape, type, where its data starts
@@ -40,6 +43,7 @@ NUMBERS = {
     11: "q",
     12: "d",
 }
+LITTLE_ENDIAN = {code: struct.Struct("<" + code) for code in NUMBERS.values()}
 STRING, ARRAY = 8, 9
 F32, F16, BF16 = 0, 1, 30
 PLAIN = {F32: torch.float32, F16: torch.float16, BF16: torch.bfloat16}
@@ -81,70 +85,86 @@ def read_header(path: Path) -> Header:
 
     Lists of strings are kept for the tokenizer only, lists of numbers stay bytes (see numbers_of).
     """
-    size = path.stat().st_size
     with open(path, "rb") as file:
-        found = _header(file, size, path)
-    header_size = found["start"]
-    for name, (_, shape, kind, offset) in found["tensors"].items():
-        if offset % found["alignment"]:
+        size = path.stat().st_size
+        opened: Opened = {"file": file, "size": size, "path": path, "strings": MOST["strings"]}
+        n_tensors, n_fields = _counts(opened)
+        fields = _fields(opened, n_fields)
+        tensors = _tensors(opened, n_tensors)
+        end = file.tell()
+    alignment = fields.get("general.alignment", 32)
+    if type(alignment) is not int or not 8 <= alignment <= 2**20 or alignment & (alignment - 1):
+        found = repr(alignment)[:40]
+        raise _wrong(opened, f"general.alignment is {found}, expected a power of two from 8")
+    start = math.ceil(end / alignment) * alignment
+    for name, (_, shape, kind, offset) in tensors.items():
+        if offset % alignment:
             raise ValueError(
                 f"{path}: {printable(name)} starts at byte {offset} of the data, which is not a multiple of "
-                f"{found['alignment']}"
+                f"{alignment}"
             )
-        found["tensors"][name] = (str(path), shape, kind, header_size + offset)
-    return found
+        tensors[name] = (str(path), shape, kind, start + offset)
+    return {"fields": fields, "tensors": tensors, "start": start, "alignment": alignment}
 
 
-def _header(file: Any, size: int, path: Path) -> Header:
-    """read_header of an open file; places of tensors are still offsets."""
-    strings_left = MOST["strings"]
+def _wrong(opened: Opened, what: str) -> ValueError:
+    """An error that says what is wrong with this file."""
+    return layouts.explain(opened["path"], "a GGUF file", what)
 
-    def wrong(what: str) -> ValueError:
-        return layouts.explain(path, "a GGUF file", what)
 
-    def take(count: int, what: str) -> bytes:
-        if count > size - file.tell():
-            raise wrong(
-                f"{what} of {count:,} bytes at byte {file.tell():,}, but the file has {size:,} bytes"
-            )
-        return file.read(count)
+def _take(opened: Opened, count: int, what: str) -> bytes:
+    """The next bytes, if the file has so many."""
+    file, size = opened["file"], opened["size"]
+    if count > size - file.tell():
+        raise _wrong(
+            opened,
+            f"{what} of {count:,} bytes at byte {file.tell():,}, but the file has {size:,} bytes",
+        )
+    data: bytes = file.read(count)
+    return data
 
-    def number(code: str, what: str) -> Any:
-        return struct.unpack("<" + code, take(struct.calcsize("<" + code), what))[0]
 
-    def string(what: str) -> str:
-        try:
-            return take(number("Q", what), what).decode("utf-8")
-        except UnicodeDecodeError:
-            raise wrong(f"{what} at byte {file.tell():,} is not UTF-8") from None
+def _number(opened: Opened, code: str, what: str) -> Any:
+    """The next number, of the type that `struct` has under this letter."""
+    plain = LITTLE_ENDIAN[code]
+    return plain.unpack(_take(opened, plain.size, what))[0]
 
-    def many(what: str) -> Any:
-        nonlocal strings_left
-        kind, count = number("I", what), number("Q", what)
-        if kind in NUMBERS:
-            return NUMBERS[kind], take(count * struct.calcsize("<" + NUMBERS[kind]), what)
-        if kind != STRING:
-            raise wrong(f"{what} is a list of type {kind}, which a GGUF file cannot hold")
-        strings_left -= count
-        if strings_left < 0 or 8 * count > size - file.tell():
-            raise wrong(f"{what} is a list of {count:,} strings, more than can be here")
-        if what in KEPT:
-            return [string(what) for _ in range(count)]
-        for _ in range(count):
-            take(number("Q", what), what)
-        return count
 
-    def field(what: str) -> Any:
-        kind = number("I", what)
-        if kind in NUMBERS:
-            return number(NUMBERS[kind], what)
-        if kind not in (STRING, ARRAY):
-            raise wrong(f"{what} has the type {kind}, which a GGUF file cannot hold")
-        return string(what) if kind == STRING else many(what)
+def _string(opened: Opened, what: str) -> str:
+    """The next text: its length, then its bytes."""
+    length = _number(opened, "Q", what)
+    data = _take(opened, length, what)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        place = opened["file"].tell()
+        raise _wrong(opened, f"{what} at byte {place:,} is not UTF-8") from None
 
-    if take(min(4, size), "the first word") != b"GGUF":
-        raise wrong("it does not start with GGUF")
-    version = number("I", "the version")
+
+def _list(opened: Opened, what: str) -> Any:
+    """The next list: numbers as their type and bytes; strings, or how many there are of those not kept."""
+    kind, count = _number(opened, "I", what), _number(opened, "Q", what)
+    if kind in NUMBERS:
+        code = NUMBERS[kind]
+        return code, _take(opened, count * LITTLE_ENDIAN[code].size, what)
+    if kind != STRING:
+        raise _wrong(opened, f"{what} is a list of type {kind}, which a GGUF file cannot hold")
+    opened["strings"] -= count
+    if opened["strings"] < 0 or 8 * count > opened["size"] - opened["file"].tell():
+        raise _wrong(opened, f"{what} is a list of {count:,} strings, more than can be here")
+    if what in KEPT:
+        return [_string(opened, what) for _ in range(count)]
+    for _ in range(count):
+        _take(opened, _number(opened, "Q", what), what)
+    return count
+
+
+def _counts(opened: Opened) -> tuple[int, int]:
+    """How many tensors and fields the file says that it has, from its first bytes."""
+    path = opened["path"]
+    if _take(opened, min(4, opened["size"]), "the first word") != b"GGUF":
+        raise _wrong(opened, "it does not start with GGUF")
+    version = _number(opened, "I", "the version")
     if version & 0xFFFF == 0 and version:
         raise ValueError(
             f"{path}: a big-endian GGUF file, which is not supported; convert it with "
@@ -152,32 +172,48 @@ def _header(file: Any, size: int, path: Path) -> Header:
         )
     if version not in (2, 3):
         raise ValueError(f"{path}: GGUF version {version} is not supported, only 2 and 3")
-    n_tensors, n_fields = number("Q", "the counts"), number("Q", "the counts")
+    n_tensors = _number(opened, "Q", "the counts")
+    n_fields = _number(opened, "Q", "the counts")
     for what, count in (("tensors", n_tensors), ("fields", n_fields)):
         if count > MOST[what]:
-            raise wrong(f"it claims to have {count:,} {what}")
+            raise _wrong(opened, f"it claims to have {count:,} {what}")
+    return n_tensors, n_fields
+
+
+def _fields(opened: Opened, count: int) -> dict[str, Any]:
+    """The metadata by key."""
     fields: dict[str, Any] = {}
-    for _ in range(n_fields):
-        key = string("a key")
+    for _ in range(count):
+        key = _string(opened, "a key")
+        shown = printable(key)
         if key in fields:
-            raise wrong(f"the key {printable(key)} is there twice")
-        fields[key] = field(printable(key))
+            raise _wrong(opened, f"the key {shown} is there twice")
+        kind = _number(opened, "I", shown)
+        if kind in NUMBERS:
+            fields[key] = _number(opened, NUMBERS[kind], shown)
+        elif kind == STRING:
+            fields[key] = _string(opened, shown)
+        elif kind == ARRAY:
+            fields[key] = _list(opened, shown)
+        else:
+            raise _wrong(opened, f"{shown} has the type {kind}, which a GGUF file cannot hold")
+    return fields
+
+
+def _tensors(opened: Opened, count: int) -> dict[str, Entry]:
+    """The tensors by name; their places are still offsets."""
     tensors: dict[str, Entry] = {}
-    for _ in range(n_tensors):
-        name = string("a tensor's name")
+    for _ in range(count):
+        name = _string(opened, "a tensor's name")
         shown = printable(name)
         if name in tensors:
-            raise wrong(f"the tensor {shown} is there twice")
-        n_dims = number("I", shown)
+            raise _wrong(opened, f"the tensor {shown} is there twice")
+        n_dims = _number(opened, "I", shown)
         if not 1 <= n_dims <= 4:
-            raise wrong(f"the tensor {shown} has {n_dims} dimensions")
-        shape = tuple(number("Q", shown) for _ in range(n_dims))[::-1]  # GGUF's has the last first
-        tensors[name] = ("", shape, number("I", shown), number("Q", shown))
-    alignment = fields.get("general.alignment", 32)
-    if type(alignment) is not int or not 8 <= alignment <= 2**20 or alignment & (alignment - 1):
-        raise wrong(f"general.alignment is {repr(alignment)[:40]}, expected a power of two from 8")
-    start = math.ceil(file.tell() / alignment) * alignment
-    return {"fields": fields, "tensors": tensors, "start": start, "alignment": alignment}
+            raise _wrong(opened, f"the tensor {shown} has {n_dims} dimensions")
+        shape = tuple(_number(opened, "Q", shown) for _ in range(n_dims))[::-1]  # the last is first
+        tensors[name] = ("", shape, _number(opened, "I", shown), _number(opened, "Q", shown))
+    return tensors
 
 
 def numbers_of(fields: dict[str, Any], key: str) -> list[Any] | None:
@@ -360,15 +396,12 @@ PARAMS = {  # Meta's: llama.cpp's, each after "llama."
 }
 HARMLESS: dict[
     str, tuple[Any, ...] | None
-] = {  # other keys: what they may say without changing the arithmetic; None: anything
+] = {  # what they may say without changing the arithmetic; None: anything; of others, config knows
     "vocab_size": None,
     "tensor_data_layout": None,
     "rope.scaling.original_context_length": None,
     "rope.scaling.finetuned": None,
     "rope.scaling.attn_factor": (1.0,),
-    "attention.causal": (True,),
-    "expert_count": (0,),
-    "expert_used_count": (0,),
 }
 SCALING = ("rope.scaling.type", "rope.scaling.factor", "rope.scale_linear", "rope.dimension_count")
 
@@ -393,6 +426,7 @@ def params_of(fields: dict[str, Any], path: Path, rope_factors: Tensor | None, V
     harmless["attention.value_length"] = harmless["rope.dimension_count"] = (
         said["attention.key_length"],
     )
+    read = {*PARAMS.values(), *SCALING} - harmless.keys()
     window, context = said.get("attention.sliding_window"), said.get("context_length")
     if window == 0 or (type(window) is type(context) is int and window >= context):
         harmless["attention.sliding_window"] = None
@@ -400,7 +434,9 @@ def params_of(fields: dict[str, Any], path: Path, rope_factors: Tensor | None, V
         allowed = harmless.get(key)
         if key in harmless and (allowed is None or value in allowed):
             continue
-        if key in harmless or key not in {*PARAMS.values(), *SCALING}:
+        if key not in {*harmless, *read} and config.says_off(key.rpartition(".")[2], value):
+            continue
+        if key not in read:
             raise ValueError(
                 f"{path}: llama.{printable(key)} is {printable(repr(value))[:40]}, which is not supported: "
                 "it makes this another kind of model"
@@ -517,7 +553,7 @@ def scaling_of(factors: Tensor, params: Params) -> Params | None:
 
 # ---------------------------------------------------------------------------------------- the tokenizer
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of tokens; 5 is unused, 6 a byte
 BYTE_LEVEL = {
     "type": "ByteLevel",
     "add_prefix_space": False,
@@ -604,7 +640,7 @@ def tokenizer_of(
             )
         return n
 
-    config: dict[str, Any] = {
+    settings: dict[str, Any] = {
         "add_bos_token": fields.get(
             "tokenizer.ggml.add_bos_token", model == "llama" or made["model"]["ignore_merges"]
         ),
@@ -614,11 +650,11 @@ def tokenizer_of(
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         n = token(theirs)
         if n is not None:
-            config[f"{ours}_token"] = tokens[n]
+            settings[f"{ours}_token"] = tokens[n]
     ends = {token(key) for key in ("eos", "eot", "eom")} - {None}
     names = ("<|end_of_text|>", "<|eot_id|>", "<|eom_id|>")  # Llama 3's
     ends |= {n for n in added if types[n] == CONTROL and tokens[n] in names}
-    return made, config, sorted(n for n in ends if n is not None)
+    return made, settings, sorted(n for n in ends if n is not None)
 
 
 def byte_level(fields: dict[str, Any], tokens: list[str], path: Path) -> dict[str, Any]:

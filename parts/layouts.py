@@ -231,19 +231,27 @@ def is_tied(shards: Shards) -> bool:
     )
 
 
-def what_is_found(w: Tensor | None, whole: tuple[int, ...], axis: int | None, count: int) -> str:
-    """Words for a tensor that has not the shape of 1 of `count` slices of a whole one, and what to do."""
+def what_is_found(
+    w: Tensor | None, whole: tuple[int, ...], axis: int | None, files: list[str]
+) -> str:
+    """Words for a tensor that has not the shape it has in 1 of these files, and what to do.
+
+    Only Meta's files hold slices of tensors: elsewhere a small one is no sign that others are missing.
+    """
     if w is None:
         return "no such tensor; is this a part of a model, or are the params another model's?"
     found = list(w.shape)
+    if not SHARD.fullmatch(files[0]):
+        said = "its metadata's" if files[0].endswith(".gguf") else "config.json's or params.json's"
+        return f"{tuple(found)}; the params ({said} sizes) do not fit this tensor"
     if axis is not None and len(found) == len(whole) and found[axis]:
         shards = whole[axis] // found[axis]
-        if shards > 1 and shards != count and found[axis] * shards == whole[axis]:
+        if shards > 1 and shards != len(files) and found[axis] * shards == whole[axis]:
             return f"{tuple(found)}, 1 of {shards}; is the download complete?"
     return f"{tuple(found)}; the params are another model's"
 
 
-def check_shapes(shards: Shards, params: Params) -> None:
+def check_shapes(shards: Shards, params: Params, folder: Path = Path()) -> None:
     """ValueError unless each shard has its slice of every tensor, and none that does not belong there."""
     shapes = llama.weight_shapes(params)
     if not any("output.weight" in shard for shard in shards.values()):
@@ -255,15 +263,24 @@ def check_shapes(shards: Shards, params: Params) -> None:
             expected[axis] //= len(shards)
         if name not in shard or list(shard[name].shape) != expected:
             raise ValueError(
-                f"{file}: {name}: expected shape {tuple(expected)} for 1 of {len(shards)} shards, "
-                f"found {what_is_found(shard.get(name), shape, axis, len(shards))}"
+                f"{named(file, folder)}: {name}: expected shape {tuple(expected)} for 1 of {len(shards)} "
+                f"shards, found {what_is_found(shard.get(name), shape, axis, [*shards])}"
             )
     for file, shard in shards.items():
         unknown = (
             shard.keys() - shapes.keys() - {"output.weight", "rope.freqs"}
         )  # Llama 2's, not needed
         if unknown:
-            raise ValueError(f"{file}: {min(unknown)}: a Llama of these sizes has no such tensor")
+            raise ValueError(
+                f"{named(file, folder)}: {min(unknown)}: a Llama of these sizes has no such tensor"
+            )
+
+
+def named(file: str, folder: Path) -> str:
+    """What an error calls a file of a folder, or all files of a kind there."""
+    if (folder / file).is_file():
+        return str(folder / file)
+    return file if folder == Path() else f"{folder}: {file}"
 
 
 def free_memory(device: str) -> float:
@@ -668,11 +685,28 @@ def find_layouts(path: Path) -> dict[str, Callable[[], Opened]]:
     return layouts
 
 
-def refuse_adapter(path: Path) -> None:
-    """ValueError if this is a LoRA adapter, or a folder that holds one."""
-    there = [path / ADAPTER] if path.is_dir() else [path]
-    if there[0].name == ADAPTER and there[0].exists() or path.name.startswith("adapter_model."):
+# Files with a model of their own, beside which an adapter may lie.
+WHOLE = (
+    "model*.safetensors*",
+    "pytorch_model*.bin*",
+    "consolidated.*",
+    "original/consolidated.*",
+    "meta_model_*.pt",
+    "*.pth",
+    "*.gguf",
+)
+
+
+def refuse_adapter(path: Path) -> str:
+    """Words for the report where a LoRA adapter lies beside a model; ValueError if this is nothing else."""
+    if path.name == ADAPTER or path.name.startswith("adapter_model."):
         raise ValueError(f"{path}: {MERGE_IT}")
+    folder = path if path.is_dir() else path.parent
+    if not (folder / ADAPTER).exists():
+        return ""
+    if path.is_dir() and not any(file for kind in WHOLE for file in path.glob(kind)):
+        raise ValueError(f"{path}: {MERGE_IT}")
+    return ", an adapter beside it is not used"
 
 
 def gguf_layouts(folder: Path) -> dict[str, Callable[[], Opened]]:
@@ -744,7 +778,7 @@ def open_checkpoint(
     if not local.is_dir() and not local.is_file():
         found = "neither a file nor a folder" if local.exists() else "no such file or folder"
         raise ValueError(f"{path}: {found}")
-    refuse_adapter(local)
+    adapter = refuse_adapter(local)
     layouts = find_layouts(local) if local.is_dir() else layouts_of_file(local)
     if not layouts:
         held = sorted(file.name for file in local.iterdir())
@@ -759,6 +793,7 @@ def open_checkpoint(
     params, shards, tokenizer, convert, words = layouts[taken]()
     if others:
         words += f" (there is also {', '.join(others)})"
+    words += adapter
     if rope_scaling_factor:
         if not params["use_scaled_rope"]:
             raise ValueError(
@@ -777,7 +812,7 @@ def open_checkpoint(
         )
     check_tensors(shards)
     tied = is_tied(shards)
-    check_shapes(shards, params)
+    check_shapes(shards, params, local if local.is_dir() else local.parent)
     if tied:
         for shard in shards.values():
             shard.pop("output.weight", None)

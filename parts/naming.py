@@ -98,17 +98,35 @@ MERGE_IT = (
 )
 
 
+def holds_tensors(held: object, depth: int = 3) -> bool:
+    """Is this a dict of tensors, or of dicts of them?"""
+    if not isinstance(held, dict):
+        return False
+    if any(isinstance(it, Tensor) for it in held.values()):
+        return True
+    return depth > 1 and any(holds_tensors(it, depth - 1) for it in held.values())
+
+
 def unwrapped(held: object, path: Path) -> Weights:
-    """The tensors in what a .pth file holds: a dict of them, or a dict in a dict ("model", "state_dict")."""
+    """The tensors in what a .pth file holds: a dict of them, or a dict in a dict ("model", "state_dict").
+
+    Beside a dict of tensors, a step or a loss may stand as a tensor of one number.
+    """
     wrong = f"{path}: expected a dict of tensors, but"
     for _ in range(3):  # dicts in dicts, but no endless ones
-        if not isinstance(held, dict) or any(isinstance(it, Tensor) for it in held.values()):
+        if not isinstance(held, dict):
             break
-        holders = [key for key in HOLDERS if isinstance(held.get(key), dict)]
+        if any(isinstance(it, Tensor) and it.numel() > 1 for it in held.values()):
+            break
+        inner = [key for key in held if holds_tensors(held[key])]
+        holders = [key for key in inner if key in HOLDERS]
+        if len(holders) > 1 or len(inner) > 1 and not holders:
+            one, other = (holders or inner)[:2]
+            raise ValueError(
+                f"{wrong} {one} and {other} are both dicts; keep one, as {HOLDERS[0]!r}"
+            )
         if not holders:
             break
-        if len(holders) > 1:
-            raise ValueError(f"{wrong} {holders[0]} and {holders[1]} are both dicts; keep one")
         held = held[holders[0]]
     if not isinstance(held, dict):
         raise ValueError(f"{wrong} the file holds a {type(held).__name__} without names")

@@ -252,6 +252,7 @@ def test_pytorch_model_bin(saved, folder, shards):
         assert f"{one.name}: no such file" in said and "is the download complete?" in said
 
 
+W = torch.ones(2, 2)
 OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-3}]}
 WRAPS = {
     "model": lambda tensors: {"model": tensors, "optimizer": OPTIMIZER, "step": 3},
@@ -262,6 +263,10 @@ WRAPS = {
     },
     "twice": lambda tensors: {"state_dict": {"model": tensors}},
     "rasbt": lambda tensors: {"model_state_dict": tensors, "optimizer_state_dict": OPTIMIZER},
+    "a step": lambda tensors: {"model": tensors, "iter": torch.tensor(3)},
+    "a loss": lambda tensors: {"model_state_dict": tensors, "loss": torch.tensor([2.5])},
+    "an average": lambda tensors: {"ema": dict.fromkeys(tensors, W), "model": tensors},
+    "settings": lambda tensors: {"model": {"dim": 64}, "state_dict": tensors},
 }
 
 
@@ -278,6 +283,13 @@ def test_a_dict_in_a_dict(saved, folder, checkpoint, wrap):
 def test_dicts_that_are_not_understood(folder):
     saved_as_bin(folder, lambda tensors: {"model": tensors, "state_dict": tensors})
     assert "model and state_dict are both dicts" in error_of(folder)
+    saved_again = {"ema": {"x": W}, "teacher": {"x": W}, "step": torch.tensor(3)}
+    torch.save(saved_again, folder / "pytorch_model.bin")
+    assert "ema and teacher are both dicts; keep one, as 'model'" in error_of(folder)
+    torch.save({"ema": {"x": W}, "step": 3}, folder / "pytorch_model.bin")
+    assert "ema holds a dict" in error_of(folder)
+    torch.save({"model": {"x": W}, "norm.weight": W}, folder / "pytorch_model.bin")
+    assert "model holds a dict" in error_of(folder)
     endless = {}
     endless["model"] = endless
     torch.save(endless, folder / "pytorch_model.bin")
@@ -300,6 +312,29 @@ def test_lora_adapters_are_refused_by_that_name(folder, tmp_path):
         assert "LoRA adapter" in said and "merge_and_unload" in said
     shutil.copy(file, folder / "other.safetensors")
     assert f"{name} belongs to a LoRA adapter" in error_of(folder / "other.safetensors")
+
+
+@pytest.mark.parametrize("make", ["a file", "a pipe"])
+@pytest.mark.parametrize("kind", ["hf", "bin", "meta", "original"])
+def test_a_model_with_an_adapter_beside_it(saved, folder, checkpoint, kind, make):
+    if kind == "bin":
+        saved_as_bin(folder)
+    if kind in ("meta", "original"):
+        folder = checkpoint(name=f"m/{kind}")
+        folder = folder.parent if kind == "original" else folder
+    expected = logits_of(folder)
+    assert "adapter" not in words_of(folder)
+    adapter = folder / "adapter_config.json"
+    os.mkfifo(adapter) if make == "a pipe" else adapter.write_text('{"peft_type": "LORA"}')
+    if make == "a file":
+        name = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+        save_file({name: torch.zeros(2, 64)}, folder / "adapter_model.safetensors")
+    assert torch.equal(logits_of(folder), expected)
+    assert ", an adapter beside it is not used, " in words_of(folder)
+    if kind == "hf":
+        assert ", an adapter beside it is not used, " in words_of(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        assert f"{folder}: a LoRA adapter" in error_of(folder)
 
 
 # ------------------------------------------------------------------------------------ one file of any name
@@ -498,6 +533,12 @@ REFUSED = {  # what is put into config.json, and what must be named
     "tie_word_embeddings is 0": {"tie_word_embeddings": 0},
     "the RoPE settings are 0": {"rope_parameters": 0},
     "original_max_position_embeddings is 8192 and 4096": {"original_max_position_embeddings": 4096},
+    "is_causal is False": {"is_causal": False},
+    "use_causal_mask is False": {"use_causal_mask": False},
+    "use_rope is 0": {"use_rope": 0},
+    "scale_attn_weights is False": {"scale_attn_weights": False},
+    "use_positional_embedding is False": {"use_positional_embedding": False},
+    "attention is {'causal': False}": {"attention": {"causal": False}},
     "model_type is 'qwen2'": {"model_type": "qwen2"},
     "model_type is ['llama']": {"model_type": ["llama"]},
     "(no_rope_layers changes the result)": {"model_type": "smollm3", "no_rope_layers": [1, 0, 1]},
@@ -535,6 +576,10 @@ HARMLESS = {
     "rope_theta": 500000.0,
     "hidden_act": "swish",
     "num_experts": 0,
+    "is_causal": True,
+    "use_rope": True,
+    "scale_attn_weights": 1,
+    "attention": {"causal": True, "bias": False},
 }
 
 
@@ -831,6 +876,17 @@ def test_is_the_download_complete(checkpoint, folder):
     other = checkpoint(name="other")
     (other / "params.json").write_text(json.dumps(SMALL | {"vocab_size": 600}))
     said = error_of(other)
-    assert "the params are another model's" in said and "complete" not in said
-    change_config(folder, intermediate_size=200)
-    assert "complete" not in error_of(folder)
+    assert "the params are another model's" in said and "is the download" not in said
+    assert said.startswith(f"{other}/consolidated.00.pth: ")
+
+
+@pytest.mark.parametrize("sizes", [{"num_key_value_heads": 4}, {"intermediate_size": 200}])
+def test_sizes_that_do_not_fit_are_no_lost_download(folder, sizes):
+    """A tensor of half the rows is no slice: only Meta cuts tensors, into files of its own names."""
+    change_config(folder, **sizes)
+    said = error_of(folder)
+    assert said.startswith(f"{folder}: the safetensors files: layers.0.") and "complete" not in said
+    assert "the params (config.json's or params.json's sizes) do not fit this tensor" in said
+    (folder / "model.safetensors").rename(folder / "merged.safetensors")
+    said = error_of(folder / "merged.safetensors")
+    assert said.startswith(f"{folder}/merged.safetensors: layers.0.") and "complete" not in said

@@ -257,6 +257,32 @@ def test_what_is_refused_by_name(small, untold, script, fields, says):
     assert run.stderr.startswith("error: ") and says in run.stderr and "\x1b" not in run.stderr
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    {
+        "attention.causal": False,
+        "residual_scale": 0.5,
+        "use_parallel_residual": True,
+        "attention.temperature_scale": 0.5,
+        "rope.scaling.attn_factor": 0.0,
+        "attention.value_length": 0,
+    }.items(),
+)
+def test_what_changes_the_model_is_refused(small, untold, key, value):
+    path, _, _ = small(fields={f"llama.{key}": value})
+    with pytest.raises(ValueError, match=rf"llama\.{key} is {value}, which is not supported"):
+        llama.load_model(path, quiet=True)
+
+
+def test_other_heads_than_the_tensors_have_are_no_lost_download(small, untold):
+    path, _, _ = small(fields={"llama.attention.head_count_kv": 4})
+    with pytest.raises(ValueError) as caught:
+        llama.load_model(path, quiet=True)
+    said = str(caught.value)
+    assert said.startswith(f"{path}: layers.0.attention.wk.weight: ") and "complete" not in said
+    assert "the params (its metadata's sizes) do not fit this tensor" in said
+
+
 def test_what_changes_nothing_is_accepted(small, untold):
     harmless = {
         "llama.expert_count": 0,
@@ -264,6 +290,11 @@ def test_what_changes_nothing_is_accepted(small, untold):
         "llama.rope.scaling.type": "none",
         "llama.tensor_data_layout": "Meta AI original pth",
         "llama.attention.causal": True,
+        "llama.residual_scale": 1.0,
+        "llama.embedding_scale": 1.0,
+        "llama.logit_scale": 1.0,
+        "llama.use_parallel_residual": False,
+        "llama.attention.temperature_scale": 0.0,
         "llama.rope.scaling.original_context_length": 8192,
         "general.whatever": "x",
     }

@@ -306,3 +306,22 @@ def test_models_that_are_refused(tmp_path, name):
     with pytest.raises(ValueError) as caught:
         layouts.open_checkpoint(tmp_path)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [False, None, True])
+def test_a_model_that_sees_what_comes_after(published, value):
+    """transformers reads is_causal: where it is false, each token also sees those behind it."""
+    config = LLAMA_3_1 | {"is_causal": value}
+    folder, theirs = published(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    tokens = torch.arange(300, 320)[None]
+    with torch.no_grad():
+        expected = theirs(tokens).logits
+        changed = theirs(tokens.clone().index_fill_(1, torch.tensor([19]), 1)).logits
+    if value is not False:
+        weights, params, _ = llama.load_model(folder)
+        assert relative_error(llama.forward(tokens, weights, params), expected) < 4e-6
+        return
+    assert relative_error(changed[:, 0], expected[:, 0]) > 1e-3
+    with pytest.raises(ValueError, match="is_causal is False, which is not supported"):
+        layouts.open_checkpoint(folder)
