@@ -560,20 +560,18 @@ BYTE_LEVEL = {
     "trim_offsets": True,
     "use_regex": True,
 }
-LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 CUTS = {  # names of tokenizer.ggml.pre: how tokenizer.json says the same, and its ignore_merges
-    "llama3 llama-v3 llama-bpe falcon3 pixtral": ([LLAMA_3], True),
-    "dbrx smaug-bpe": ([LLAMA_3], False),
+    "llama3 llama-v3 llama-bpe falcon3 pixtral": (["llama-3"], True),
+    "dbrx smaug-bpe": (["llama-3"], False),
     "smollm starcoder refact command-r codeshell": (["digits", "gpt-2"], False),
-    "gpt-2 default phi-2 mpt olmo jais": (["gpt-2"], False),
+    "gpt-2 phi-2 mpt olmo jais": (["gpt-2"], False),
 }
 
 
 def pre_tokenizer(steps: Sequence[str]) -> dict[str, Any]:
-    """The pre_tokenizer of a tokenizer.json: "digits" one by one, "gpt-2", or a pattern."""
+    """The pre_tokenizer of a tokenizer.json: "digits" one by one, "gpt-2" or "llama-3"."""
+    from parts import vocabulary
+
     made: list[dict[str, Any]] = []
     for step in steps:
         if step == "digits":
@@ -581,7 +579,8 @@ def pre_tokenizer(steps: Sequence[str]) -> dict[str, Any]:
         elif step == "gpt-2":
             made.append(BYTE_LEVEL)
         else:
-            cut = {"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated"}
+            pattern = {"Regex": vocabulary.llama_3_pattern()}
+            cut = {"type": "Split", "pattern": pattern, "behavior": "Isolated"}
             made += [cut | {"invert": False}, BYTE_LEVEL | {"use_regex": False}]
     return made[0] if len(made) == 1 else {"type": "Sequence", "pretokenizers": made}
 
@@ -661,6 +660,11 @@ def byte_level(fields: dict[str, Any], tokens: list[str], path: Path) -> dict[st
     """A tokenizer.json without its tokens, of a byte-level BPE."""
     pre, merges = fields.get("tokenizer.ggml.pre"), fields.get("tokenizer.ggml.merges")
     known = {name: how for names, how in CUTS.items() for name in names.split()}
+    if pre == "default":  # llama.cpp then cuts in a fourth way, a guess
+        raise ValueError(
+            f"{path}: tokenizer.ggml.pre is 'default': its converter did not know how the model cuts a text; "
+            "convert the model anew, with a newer convert_hf_to_gguf.py, which says its real name"
+        )
     if pre not in known:
         found = "missing" if pre is None else printable(repr(pre))[:40]
         raise ValueError(

@@ -635,7 +635,7 @@ def open_meta(folder: Path) -> Opened:
     """A folder in Meta's layout."""
     from parts import vocabulary
 
-    model_file = vocabulary.find_model_file(folder)
+    model_file = vocabulary.find_model_file(folder, above=True)
     count = len([file for file in folder.glob("consolidated.*.pth") if SHARD.fullmatch(file.name)])
     files = [folder / f"consolidated.{n:02}.pth" for n in range(count or 1)]
     for path in (folder / "params.json", model_file, *files):

@@ -15,7 +15,7 @@ from parts.files import hash_of, local_path, locked, read_marks, state, write_ma
 
 CHECKPOINT_FILE = re.compile(
     r"(.*/)?(consolidated\.\d+\.pth|params\.json|tokenizer\.model|tokenizer\.json|config\.json"
-    r"|(tokenizer_config|special_tokens_map|generation_config)\.json|chat_template\.jinja"
+    r"|(tokenizer_config|special_tokens_map|added_tokens|generation_config)\.json|chat_template\.jinja"
     r"|model.*\.safetensors(\.index\.json)?|pytorch_model.*\.bin(\.index\.json)?"
     r"|meta_model_\d+\.pt|adapter_config\.json|llama3.*\.pth)"
 )

@@ -43,7 +43,8 @@ def from_json(
 ) -> Any:
     """A tokenizer from what tokenizer.json and tokenizer_config.json hold (chat_template, bos_token, …).
 
-    stops: the ids that end a text, as config.json and generation_config.json name them. source: for errors.
+    add_bos_token and add_eos_token, where they are told, count more than the post-processor. stops: the ids
+    that end a text, as config.json and generation_config.json name them. source: for errors.
     ValueError, in one line, for what makes no sense.
     """
     content = checked(tokenizer_json, source)
@@ -52,6 +53,9 @@ def from_json(
     if kind == "LlamaTokenizer" and not mentions(content.get("pre_tokenizer"), "ByteLevel"):
         content = as_llama_2(content, config)
         config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | config
+    if kind == "GPT2Tokenizer":
+        content = as_gpt_2(content, config)
+        config = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>") | config
     tokenizer = own_of_llama_3(content, config, source)
     if tokenizer is None:
         tokenizer = through_tokenizers(content, config, source)
@@ -115,10 +119,31 @@ def as_llama_2(content: dict[str, Any], config: Json) -> dict[str, Any]:
     return content | {"normalizer": None, "pre_tokenizer": metaspace, "model": model}
 
 
+def as_gpt_2(content: dict[str, Any], config: Json) -> dict[str, Any]:
+    """A tokenizer.json as transformers 5 takes it where GPT2Tokenizer is its class.
+
+    It keeps the vocabulary, the merges and the post-processor; add_prefix_space is the config's.
+    """
+    prefix = bool(config.get("add_prefix_space"))
+    letters = {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True}
+    letters["use_regex"] = True
+    model = {"type": "BPE", "vocab": content["model"]["vocab"]}
+    model["merges"] = content["model"].get("merges") or []
+    made = {"normalizer": None, "pre_tokenizer": letters, "decoder": letters, "model": model}
+    return content | made
+
+
 # Byte-level BPE writes each byte as a printable letter: itself, or else the letters from 256 on.
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTES = {chr(b): b for b in PRINTABLE}
 BYTES |= {chr(256 + n): b for n, b in enumerate(b for b in range(256) if b not in PRINTABLE)}
+
+
+@functools.cache
+def llama_3_pattern() -> str:
+    """How Llama 3 cuts a text before its bytes are joined, as the script says it."""
+    pattern: str = llama.make_tokenizer({bytes([b]): b for b in range(256)}, "bytes")._pat_str
+    return pattern
 
 
 def own_of_llama_3(content: dict[str, Any], config: Json, source: object) -> Any:
@@ -136,8 +161,7 @@ def own_of_llama_3(content: dict[str, Any], config: Json, source: object) -> Any
         return None
     if not ranks.keys() >= {bytes([b]) for b in range(256)}:
         return None
-    llama_3 = llama.make_tokenizer({bytes([b]): b for b in range(256)}, source)
-    split = {"type": "Split", "pattern": {"Regex": llama_3._pat_str}, "behavior": "Isolated"}
+    split = {"type": "Split", "pattern": {"Regex": llama_3_pattern()}, "behavior": "Isolated"}
     letters = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
     steps = content.get("pre_tokenizer")
     if not isinstance(steps, dict) or steps.get("type") != "Sequence" or content.get("normalizer"):
@@ -166,7 +190,7 @@ def own_of_llama_3(content: dict[str, Any], config: Json, source: object) -> Any
         name=str(source),
         mergeable_ranks=ranks,
         special_tokens=specials,
-        pat_str=llama_3._pat_str,
+        pat_str=llama_3_pattern(),
     )
     encode = functools.partial(llama.encode, tokenizer)
     vars(tokenizer).update(
@@ -482,9 +506,11 @@ def of_model_file(path: Path, config: Json) -> Any:
     else:
         specials, inner, encode = base.specials, base.inner, base.encode_ordinary
     added = added_by_config(config, path)
+    told = {n for n, token in added.items() if token.get("special")}
+    told |= {n for n, token in added.items() if token["content"] in specials}  # it stays special
     specials = {text: n for text, n in specials.items() if n not in added}
-    specials |= {token["content"]: n for n, token in added.items() if token.get("special")}
-    plain = {token["content"]: n for n, token in added.items() if not token.get("special")}
+    specials |= {token["content"]: n for n, token in added.items() if n in told}
+    plain = {token["content"]: n for n, token in added.items() if n not in told}
     ids = specials | plain
 
     def encode_single_token(name: str) -> int:
@@ -539,10 +565,15 @@ def encode_by_parts(
 # ------------------------------------------------------------------------------------ a folder's own word
 
 
-def find_model_file(folder: Path) -> Path:
-    """Where a folder's tokenizer.model is; Meta's Llama 2 has it in the folder above."""
-    above = folder.resolve().parent
-    for place in (folder, folder / "original", above):
+def find_model_file(folder: Path, above: bool = False) -> Path:
+    """Where a folder's tokenizer.model is. above: look there too, as Meta's Llama 2 has it.
+
+    Above a folder in another layout would be another model's.
+    """
+    places = [folder, folder / "original"]
+    if above:
+        places.append(folder.resolve().parent)
+    for place in places:
         if (place / "tokenizer.model").is_file():
             return place / "tokenizer.model"
     return folder / "tokenizer.model"
@@ -550,21 +581,52 @@ def find_model_file(folder: Path) -> Path:
 
 def open_folder(folder: Path) -> Any:
     """The tokenizer of a folder in Hugging Face's layout, with all that its files say about its use."""
-    config: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).exists():
-            config |= read_json(folder / name)
+    config, named = (
+        read_json(folder / name) if (folder / name).exists() else {}
+        for name in ("tokenizer_config.json", "special_tokens_map.json")
+    )
+    if "added_tokens_decoder" in config:
+        config = named | config
+    else:  # the files of before it, which transformers reads then alone; the map's word counts
+        config |= named
+        config["added_tokens_decoder"] = added_by_older_file(folder, config)
     templates = chat_templates(folder)
     if templates:
         config["chat_template"] = templates
     stops = stops_of(folder)
     path = folder / "tokenizer.json"
-    if path.exists():
+    if path.exists():  # its post-processor alone decides, as transformers 5 has it
+        for key in ("add_bos_token", "add_eos_token"):
+            config.pop(key, None)
         return from_json(read_json(path), config, stops, path)
     path = find_model_file(folder)
     if not path.is_file():
         raise ValueError(f"{folder}: neither tokenizer.model nor tokenizer.json is there")
     return with_use(of_model_file(path, config), config, stops, path)
+
+
+def added_by_older_file(folder: Path, config: Json) -> dict[str, dict[str, Any]]:
+    """added_tokens.json, a text and its id each, as an added_tokens_decoder says it."""
+    path = folder / "added_tokens.json"
+    if not path.exists():
+        return {}
+    lists = (config.get(f"{kind}_special_tokens") for kind in ("additional", "extra"))
+    named = [token for told in lists if isinstance(told, list) for token in told]
+    named += [value for key, value in config.items() if key.endswith("_token")]
+    special = {name_of({"token": token}, "token") for token in named}
+    found: dict[str, dict[str, Any]] = {}
+    for text, token in read_json(path).items():
+        if type(token) is not int or not 0 <= token < 10**9:
+            raise ValueError(f"{path}: the token {text[:40]!r} has the id {str(token)[:40]!r}")
+        if str(token) in found:
+            raise ValueError(f"{path}: two tokens have the id {token}")
+        is_special = text in special
+        found[str(token)] = {
+            "content": text,
+            "special": is_special,
+            "normalized": not is_special,
+        }
+    return found
 
 
 def chat_templates(folder: Path) -> dict[str, str]:

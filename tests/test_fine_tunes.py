@@ -14,7 +14,7 @@ from conftest import relative_error
 from test_tokenizer import TEXTS
 
 import llama3_from_scratch as llama
-from parts import chat, vocabulary
+from parts import chat, remote, vocabulary
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -334,18 +334,23 @@ def test_broken_tokenizers_are_one_line(content, says):
 
 
 def test_tokenizer_model_alone(tmp_path, vocabularies):
-    """SentencePiece's file, also in the folder above, with a template and an added token."""
+    """SentencePiece's file with a template and an added token; never that of the folder above."""
     folder, theirs = vocabularies["llama 2"]
     inner = tmp_path / "inner"
     inner.mkdir()
-    (tmp_path / "tokenizer.model").write_bytes(
-        (folder.parent / "sp" / "tokenizer.model").read_bytes()
-    )
+    copy_of_model = tmp_path / "tokenizer.model"
+    copy_of_model.write_bytes((folder.parent / "sp" / "tokenizer.model").read_bytes())
     added = {"600": {"content": "<tool>", "special": False}}
     config = {"chat_template": LLAMA_2, "bos_token": "<s>", "eos_token": "</s>"}
     (inner / "tokenizer_config.json").write_text(
         json.dumps(config | {"added_tokens_decoder": added})
     )
+    with pytest.raises(ValueError, match=r"inner: neither tokenizer\.model nor tokenizer\.json is"):
+        vocabulary.open_folder(inner)
+    assert (
+        vocabulary.find_model_file(inner, above=True) == copy_of_model
+    )  # as Meta's Llama 2 has it
+    copy_of_model.rename(inner / "tokenizer.model")
     ours = vocabulary.open_folder(inner)
     for text in PLAIN:  # before a space SentencePiece puts another, and transformers 5 does not
         if not text.startswith((" ", "\u2581")):
@@ -355,6 +360,122 @@ def test_tokenizer_model_alone(tmp_path, vocabularies):
     theirs = copy.deepcopy(theirs)
     theirs.chat_template = LLAMA_2
     check_chat(ours, theirs, CONVERSATIONS[:3])
+
+
+def with_files(source, folder, **contents):
+    """A copy of a folder in which some files, by their stems, hold other JSON."""
+    folder.mkdir(parents=True)
+    for path in source.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    for stem, content in contents.items():
+        (folder / f"{stem}.json").write_text(json.dumps(content))
+    return folder
+
+
+def bos_in_front(text, n):
+    """A post-processor that puts one token in front."""
+    a, b = ({"Sequence": {"id": side, "type_id": 0}} for side in "AB")
+    bos = {"SpecialToken": {"id": text, "type_id": 0}}
+    specials = {text: {"id": text, "ids": [n], "tokens": [text]}}
+    return {
+        "type": "TemplateProcessing", "single": [bos, a], "pair": [bos, a, b], "special_tokens": specials
+    }  # fmt: skip
+
+
+CLASSES = ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "LlamaTokenizer"]
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [("gpt 2", "GPT2Tokenizer")]
+    + [(name, kind) for name in ("llama 3", "gpt 2", "llama 2") for kind in CLASSES],
+)
+def test_the_post_processor_alone_says_what_stands_in_front(vocabularies, tmp_path, name, kind):
+    from transformers import AutoTokenizer
+
+    folder, theirs = vocabularies[name]
+    bos, eos, bos_id = theirs.bos_token, theirs.eos_token, theirs.bos_token_id
+    content = json.loads((folder / "tokenizer.json").read_text())
+    seen = set()
+    for n, (step, adds) in enumerate([(None, True), (bos_in_front(bos, bos_id), False)]):
+        content["post_processor"] = step
+        config = {"tokenizer_class": kind, "bos_token": bos, "eos_token": eos}
+        config |= {"add_bos_token": adds, "add_eos_token": True}
+        place = with_files(folder, tmp_path / str(n), tokenizer=content, tokenizer_config=config)
+        expected = AutoTokenizer.from_pretrained(place)("Hi the 12").input_ids
+        assert chat.prompt_ids("Hi the 12", vocabulary.open_folder(place), 99) == expected
+        seen.add(expected[0] == bos_id)
+    assert seen == {True, False}
+
+
+@pytest.mark.parametrize("prefix", [None, False, True], ids=str)
+def test_a_tokenizer_of_the_class_gpt_2(vocabularies, tmp_path, prefix):
+    """Of tokenizer.json it keeps vocabulary and merges; the space in front is told by the config."""
+    from transformers import AutoTokenizer
+
+    folder, _ = vocabularies["gpt 2"]
+    content = json.loads((folder / "tokenizer.json").read_text())
+    digits = {"type": "Digits", "individual_digits": True}
+    steps = [digits, content["pre_tokenizer"]]
+    content |= {"normalizer": {"type": "Lowercase"}}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "GPT2Tokenizer"} | (
+        {} if prefix is None else {"add_prefix_space": prefix}
+    )
+    place = with_files(folder, tmp_path / "x", tokenizer=content, tokenizer_config=config)
+    theirs, ours = AutoTokenizer.from_pretrained(place), vocabulary.open_folder(place)
+    for text in PLAIN:
+        ids = theirs(text, add_special_tokens=False).input_ids
+        assert llama.encode(ours, text) == ids, ascii(text[:40])
+    assert (llama.encode(ours, "Hi") != llama.encode(ours, " Hi")) == (not prefix)
+    theirs.chat_template = CHATML
+    check_chat(with_template(ours, CHATML), theirs, CONVERSATIONS[:3])
+
+
+def test_added_tokens_json(vocabularies, tmp_path):
+    """ChatML fine-tunes of 2023: texts and ids in added_tokens.json, which are special in another file."""
+    from transformers import AutoTokenizer
+
+    folder, _ = vocabularies["llama 2"]
+    added = {"<tool>": 602, "<|im_end|>": 600, "<|im_start|>": 601, "<s>": 1, "</s>": 2, "<unk>": 0}
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>"}
+    config |= {"chat_template": CHATML, "legacy": False}
+    end = {"content": "<|im_end|>", "lstrip": False, "rstrip": False, "normalized": False}
+    named = {
+        "eos_token": end | {"single_word": False},
+        "additional_special_tokens": ["<|im_start|>"],
+    }
+    files = {"added_tokens": added, "special_tokens_map": named, "tokenizer_config": config}
+    of_json = with_files(folder, tmp_path / "json", **files)
+    theirs = AutoTokenizer.from_pretrained(of_json)  # tokenizer.model alone would take protobuf
+    assert theirs.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>", "<tool>"]) == [600, 601, 602]
+    of_model = with_files(of_json, tmp_path / "model")
+    (of_model / "tokenizer.json").unlink()
+    (of_model / "tokenizer.model").write_bytes(
+        (folder.parent / "sp" / "tokenizer.model").read_bytes()
+    )
+    for place in (of_json, of_model):
+        ours = vocabulary.open_folder(place)
+        assert ours.n_vocab == len(theirs) == 603 and not ours.spare
+        assert ours.stops == [theirs.eos_token_id] == [600]
+        assert ours.specials["<|im_start|>"] == 601 and ours.specials["<s>"] == 1
+        assert "<tool>" not in ours.specials
+        for text in ("a", "a <tool> b<tool>", "Hi the 12"):
+            expected = theirs(text, add_special_tokens=False).input_ids
+            assert llama.encode(ours, text) == expected
+        assert not {1, 600, 601} & {*llama.encode(ours, "a <|im_end|><s><|im_start|>")}
+        assert ours.decode([601, 602, 600]) == "<|im_start|><tool><|im_end|>"
+        check_chat(ours, theirs, CONVERSATIONS[:3])
+    assert remote.CHECKPOINT_FILE.fullmatch("added_tokens.json")
+    for wrong, says in (({"a": "b"}, "'a' has the id 'b'"), ({"a": 7, "b": 7}, "two tokens have"), (
+        {"": 600}, "has no text")):  # fmt: skip
+        (of_model / "added_tokens.json").write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=says):
+            vocabulary.open_folder(of_model)
+    config["added_tokens_decoder"] = {}  # newer files tell it all
+    (of_model / "tokenizer_config.json").write_text(json.dumps(config))
+    assert vocabulary.open_folder(of_model).n_vocab == 600
 
 
 # ------------------------------------------------------------------------------------ chat templates

@@ -504,7 +504,6 @@ def gguf_file_fields(fields, tmp_path):
 
 PRE = {  # tokenizer.ggml.pre: how transformers says the same
     "gpt-2": lambda p: p.ByteLevel(add_prefix_space=False),
-    "default": lambda p: p.ByteLevel(add_prefix_space=False),
     "smollm": lambda p: p.Sequence(
         [p.Digits(individual_digits=True), p.ByteLevel(add_prefix_space=False)]
     ),
@@ -569,6 +568,31 @@ def test_llama_3s_own_vocabulary(tmp_path, real_tokenizer_path):
     for text in TEXTS:
         assert llama.encode(ours, text) == llama.encode(meta, text)
     assert ours.begin == [1000] and sorted(ours.stops) == [1001, 1002, 1003]
+
+
+def test_llama_3s_cut_is_the_scripts(monkeypatch):
+    """Said once: what moves in the script moves here."""
+    from parts import vocabulary
+
+    cut = gguf_file.pre_tokenizer(["llama-3"])["pretokenizers"][0]["pattern"]["Regex"]
+    made = llama.make_tokenizer
+    assert cut == made({bytes([b]): b for b in range(256)}, "x")._pat_str
+    monkeypatch.setattr(llama, "make_tokenizer", lambda *a: types.SimpleNamespace(_pat_str="x+"))
+    vocabulary.llama_3_pattern.cache_clear()
+    try:
+        for names, (steps, _) in gguf_file.CUTS.items():
+            moved = "x+" in json.dumps(gguf_file.pre_tokenizer(steps))
+            assert moved == (names.split()[0] in ("llama3", "dbrx")), names
+    finally:
+        vocabulary.llama_3_pattern.cache_clear()
+
+
+def test_a_cut_that_the_converter_did_not_know(tmp_path):
+    fields = byte_level_fields(512) | {"tokenizer.ggml.pre": "default"}
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.ggml\.pre is 'default'.*convert the model anew"
+    ):
+        opened(fields, tmp_path)
 
 
 @pytest.mark.parametrize("prefix", [True, False])
