@@ -296,9 +296,13 @@ def test_told_to_end_while_a_file_is_written(tmp_path, number):
             time.sleep(5)
 
     (tmp_path / "t").write_text("before")
-    assert run_program(work) == 128 + number
+    before = signal.signal(number, signal.SIG_DFL)  # under nohup it is ignored, and stays so
+    try:
+        assert run_program(work) == 128 + number
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
-    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 # ------------------------------------------------------------------------------------ paths
