@@ -317,16 +317,16 @@ def run(args: argparse.Namespace) -> None:
 
     def choose(logits: Tensor) -> Tensor:
         """The next token of each row, or -1 where logits are not finite: a GPU is not waited for."""
-        finite = logits.isfinite().all(-1)
-        logits = vocabulary.of_tokens(logits.masked_fill(~finite[:, None], 0), tokenizer)
+        finite = logits.isfinite().all(-1, keepdim=True)
+        logits = vocabulary.of_tokens(torch.where(finite, logits, 0), tokenizer)
         tokens = llama.sample(logits, args.temperature, args.top_k, args.top_p, generator)
-        return tokens.masked_fill(~finite, -1)
+        return torch.where(finite[:, 0], tokens, -1)
 
     def told(logits: Tensor, cache: llama.Cache, at: Tensor) -> Iterator[Tensor]:
         """generate, with token ids on the CPU, and the error for those that are -1."""
         steps = llama.generate(logits, weights, params, cache, at, choose, step)
         for tokens in read_back(steps):
-            if (tokens < 0).any():
+            if int(tokens.min()) < 0:
                 raise not_finite(weights)
             yield tokens
 

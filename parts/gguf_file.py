@@ -225,6 +225,12 @@ def numbers_of(fields: dict[str, Any], key: str) -> list[Any] | None:
     return [number for (number,) in struct.iter_unpack("<" + code, data)]
 
 
+def is_first(path: Path) -> bool:
+    """Is this a whole model, or the first of its parts?"""
+    match = SPLIT.fullmatch(path.name)
+    return match is None or int(match[2]) == 1
+
+
 def files_of(path: Path) -> list[Path]:
     """All files of a model from one of them: split ones are called …-00001-of-00003.gguf."""
     match = SPLIT.fullmatch(path.name)

@@ -219,10 +219,8 @@ def save_trace(path: str, tokens: Tensor, model: llama.Model, about: dict[str, s
     try:
         if target.exists() and not (target.is_file() and is_trace(target)):
             raise ValueError(f"{path}: the trace would take the place of something else")
-        with tempfile.TemporaryFile(
-            dir=target.parent
-        ):  # better known before the pass than after it
-            pass
+        # Can it be written there? Better known before the pass than after it.
+        tempfile.TemporaryFile(dir=target.parent).close()
     except OSError as problem:
         raise ValueError(f"{path}: cannot be written ({problem.strerror})") from None
     trace = traced(tokens, model)

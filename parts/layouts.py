@@ -1,8 +1,8 @@
 """The door: checkpoints in any layout come in with Meta's names and order of rows, checked, or not at all.
 
-Meta's own layout, Hugging Face folders, the .pth files of LLMs-from-scratch (rasbt), Llama 2's tokenizer
-and remote folders. It says which release it has before it, whether memory is enough, and what is wrong with a
-file. The script calls `load_model`.
+Meta's own layout, Hugging Face folders, the .pth files of LLMs-from-scratch (rasbt), files of other names and
+GGUF. It says which release it has before it, whether memory is enough, and what is wrong with a file. The
+script calls `load_model`.
 """
 
 import contextlib
@@ -42,9 +42,8 @@ from parts.remote import local_copy
 
 Convert = Callable[[str, Tensor], Tensor]  # what another layout does to a tensor of this name
 Shards = dict[str, Weights]  # tensors by Meta's names, by file
-Opened = tuple[
-    Params, Shards, Any, Convert | None, str
-]  # with the tokenizer, and words for the report
+# With the tokenizer, and words for the report:
+Opened = tuple[Params, Shards, Any, Convert | None, str]
 
 # ------------------------------------------------------------------------------------ what is wrong with it?
 
@@ -212,6 +211,8 @@ def same_numbers(a: Tensor, b: Tensor | None) -> bool:
     """Do two matrices hold the same numbers, in the same memory or not? Heads that differ do at once."""
     if b is None or a.is_meta or a.dim() != 2 or a.shape != b.shape or a.dtype != b.dtype:
         return False
+    if a.data_ptr() == b.data_ptr() and a.stride() == b.stride():
+        return True  # without a look at all of it
     return torch.equal(a[:1], b[:1]) and torch.equal(a, b)
 
 
@@ -267,9 +268,8 @@ def check_shapes(shards: Shards, params: Params, folder: Path = Path()) -> None:
                 f"shards, found {what_is_found(shard.get(name), shape, axis, [*shards])}"
             )
     for file, shard in shards.items():
-        unknown = (
-            shard.keys() - shapes.keys() - {"output.weight", "rope.freqs"}
-        )  # Llama 2's, not needed
+        # rope.freqs is Llama 2's, and not needed
+        unknown = shard.keys() - shapes.keys() - {"output.weight", "rope.freqs"}
         if unknown:
             raise ValueError(
                 f"{named(file, folder)}: {min(unknown)}: a Llama of these sizes has no such tensor"
@@ -345,9 +345,8 @@ def understood(params: Params, shards: Shards) -> str:
         why = params.get("rope_scaling_from", why)
         words[1] = f"RoPE scaling {params['rope_scaling_factor']:g} ({why})"
     K = params["n_kv_heads"]
-    if (
-        K > 8 and K % 2 == 0
-    ):  # 405B's 16 shards each hold one of 8 heads, so each head stands there twice
+    # 405B's 16 shards each hold one of 8 heads, so each head stands there twice.
+    if K > 8 and K % 2 == 0:
         wk = torch.cat([shard["layers.0.attention.wk.weight"] for shard in shards.values()]).view(
             K, -1
         )
@@ -672,9 +671,8 @@ def find_layouts(path: Path) -> dict[str, Callable[[], Opened]]:
         if not file.name.startswith("consolidated."):
             layouts[file.name] = functools.partial(open_file, file)
     tuned = [file for file in path.glob("meta_model_*.pt") if file.stem[11:].isdecimal()]
-    for file in sorted(
-        tuned, key=lambda file: -int(file.stem[11:])
-    ):  # an epoch each; the last first
+    tuned.sort(key=lambda file: -int(file.stem[11:]))  # an epoch each; the last first
+    for file in tuned:
         layouts[file.name] = functools.partial(open_file, file)
     layouts |= ggufs
     singles = [*path.glob("*.safetensors"), *path.glob("*.pt")]
@@ -711,19 +709,10 @@ def refuse_adapter(path: Path) -> str:
 
 def gguf_layouts(folder: Path) -> dict[str, Callable[[], Opened]]:
     """The GGUF files of a folder, as in find_layouts; of one that is split, the first."""
-
-    def is_first(file: Path) -> bool:
-        return not re.search(r"-\d{5}-of-\d{5}\.gguf$", file.name) or "-00001-of-" in file.name
-
-    files = [file for file in sorted(folder.glob("*.gguf")) if is_first(file)]
-    return {file.name: functools.partial(open_gguf, file) for file in files}
-
-
-def open_gguf(file: Path) -> Opened:
-    """A GGUF file, or one of several parts."""
     from parts import gguf_file
 
-    return gguf_file.open_gguf(file)
+    files = [file for file in sorted(folder.glob("*.gguf")) if gguf_file.is_first(file)]
+    return {file.name: functools.partial(gguf_file.open_gguf, file) for file in files}
 
 
 def layouts_of_file(file: Path) -> dict[str, Callable[[], Opened]]:
@@ -732,7 +721,9 @@ def layouts_of_file(file: Path) -> dict[str, Callable[[], Opened]]:
     if SHARD.fullmatch(file.name) or file.name == "params.json":
         return {"Meta's layout": lambda: open_meta(file.parent)}
     if file.suffix == ".gguf":
-        return {file.name: lambda: open_gguf(file)}
+        from parts import gguf_file
+
+        return {file.name: lambda: gguf_file.open_gguf(file)}
     if file.name == "config.json" or (
         re.fullmatch(stem, file.name) and (file.parent / "config.json").exists()
     ):

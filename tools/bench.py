@@ -267,12 +267,11 @@ def llama_cpp(folder, device):
     return prefill, lambda token: read([token])
 
 
-def gpt_fast(folder, device):
-    """From a checkout whose path is in GPT_FAST. Its Transformer is built here, its decode step compiled."""
+def gpt_fast_model(weights, params, positions):
+    """gpt-fast's Transformer with these weights, from a checkout whose path is in GPT_FAST."""
     sys.path.insert(0, os.environ["GPT_FAST"])
     from model import ModelArgs, Transformer
 
-    weights, params, _ = llama.load_model(folder)
     scaling = None
     if params["use_scaled_rope"]:
         scaling = {
@@ -282,9 +281,10 @@ def gpt_fast(folder, device):
         }  # fmt: skip
     with torch.device("meta"):
         model = Transformer(ModelArgs(
-            block_size=1024, vocab_size=params["vocab_size"], n_layer=params["n_layers"], dim=params["dim"],
-            n_head=params["n_heads"], n_local_heads=params["n_kv_heads"], intermediate_size=params["ffn_dim"],
-            rope_base=params["rope_theta"], norm_eps=params["norm_eps"], rope_scaling=scaling,
+            block_size=positions, vocab_size=params["vocab_size"], n_layer=params["n_layers"],
+            dim=params["dim"], n_head=params["n_heads"], n_local_heads=params["n_kv_heads"],
+            intermediate_size=params["ffn_dim"], rope_base=params["rope_theta"],
+            norm_eps=params["norm_eps"], rope_scaling=scaling,
         ))  # fmt: skip
     held = {}
     for name, w in weights.items():
@@ -294,7 +294,13 @@ def gpt_fast(folder, device):
         elif not name.endswith(("wk.weight", "wv.weight")):
             held[name] = w
     model.load_state_dict(held, assign=True)
-    model, state = model.to(device).eval(), {}
+    return model.eval()
+
+
+def gpt_fast(folder, device):
+    """Its decode step is compiled here, as its own generate.py does."""
+    weights, params, _ = llama.load_model(folder)
+    model, state = gpt_fast_model(weights, params, 1024).to(device), {}
     with torch.device(device):
         model.setup_caches(max_batch_size=1, max_seq_length=1024)
 

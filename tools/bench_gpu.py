@@ -227,34 +227,14 @@ def ours_command_line(name, device):
 
 
 def gpt_fast(name, device):
-    """From a checkout whose path is in GPT_FAST, with its own settings. Its Transformer is built here."""
-    sys.path.insert(0, os.environ["GPT_FAST"])
+    """From a checkout whose path is in GPT_FAST, with its own settings."""
     import torch._inductor.config
-    from model import ModelArgs, Transformer
+
+    from tools.bench import gpt_fast_model
 
     torch._inductor.config.coordinate_descent_tuning = True
     torch._inductor.config.triton.unique_kernel_names = True
-    weights, params = random_model(name, device)
-    scaling = {
-        "factor": params["rope_scaling_factor"], "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }  # fmt: skip
-    with torch.device("meta"):
-        model = Transformer(ModelArgs(
-            block_size=40960, vocab_size=params["vocab_size"], n_layer=params["n_layers"],
-            dim=params["dim"], n_head=params["n_heads"], n_local_heads=params["n_kv_heads"],
-            intermediate_size=params["ffn_dim"], rope_base=params["rope_theta"],
-            norm_eps=params["norm_eps"], rope_scaling=scaling,
-        ))  # fmt: skip
-    held = {}
-    for key, w in weights.items():
-        if key.endswith("wq.weight"):
-            others = (weights[key.replace("wq", x)] for x in ("wk", "wv"))
-            held[key.replace("wq", "wqkv")] = torch.cat([w, *others])
-        elif not key.endswith(("wk.weight", "wv.weight")):
-            held[key] = w
-    model.load_state_dict(held, assign=True)
-    model = model.to(device).eval()
+    model = gpt_fast_model(*random_model(name, device), 40960).to(device)
 
     def next_token(token, at):
         return model(token, at)[:, -1].argmax(-1, keepdim=True)
