@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 import llama3_from_scratch as llama
-from parts import batch, conversation, for_screen, printable, vocabulary
+from parts import batch, conversation, eager, for_screen, printable, vocabulary
 from parts.chat import prompt_ids
-from parts.eager import one_token_step, read_back, start_libraries
 from parts.inside import check_finite, not_finite
 from parts.programs import flags_of, run_program
 
@@ -310,7 +309,7 @@ def run(args: argparse.Namespace) -> None:
         force=args.force,
         positions=positions,
     )
-    start_libraries(model)
+    eager.start_libraries(model)
     generator = torch.Generator(args.device).manual_seed(
         torch.seed() if args.seed is None else args.seed
     )
@@ -325,13 +324,13 @@ def run(args: argparse.Namespace) -> None:
     def told(logits: Tensor, cache: llama.Cache, at: Tensor) -> Iterator[Tensor]:
         """generate, with token ids on the CPU, and the error for those that are -1."""
         steps = llama.generate(logits, weights, params, cache, at, choose, step)
-        for tokens in read_back(steps):
+        for tokens in eager.read_back(steps):
             if int(tokens.min()) < 0:
                 raise not_finite(weights)
             yield tokens
 
-    step: llama.Forward = one_token_step
-    prefill: Callable[..., Tensor] = llama.prefill
+    step: llama.Forward = eager.one_token_step
+    prefill: Callable[..., Tensor] = eager.prefill
     if args.compile:
         step, prefill = compiled_for(model, args, prompts)
     if prompts is not None and args.prompts is not None:

@@ -49,6 +49,34 @@ def start_libraries(model: llama.Model) -> None:
         )
 
 
+def chunk_that_fits(S: int, params: llama.Params, itemsize: int, free: float) -> int:
+    """How many tokens of a prompt to read at once, of S in all, into a quarter of the free memory (bytes)?
+
+    At the fullest moment of a layer four tensors of the scores' size are there (this layer's and what is left
+    of the one before it), and some of the feed-forward. 2 GB are enough for any speed.
+    """
+    numbers = 4 * params["n_heads"] * S + 8 * params["ffn_dim"] + 8 * params["dim"]
+    return max(1, int(min(free / 4, 2e9) / (numbers * itemsize)))
+
+
+def prefill(
+    tokens: Tensor,
+    weights: llama.Weights,
+    params: llama.Params,
+    cache: llama.Cache,
+    start: int = 0,
+    **options: Any,
+) -> Tensor:
+    """The script's prefill, which on a GPU reads as many tokens at once as its free memory allows."""
+    if not tokens.is_cuda:
+        return llama.prefill(tokens, weights, params, cache, start, **options)
+    reserved = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # PyTorch's, and free
+    free = torch.cuda.mem_get_info()[0] + reserved
+    S = start + tokens.shape[1]
+    chunk = chunk_that_fits(S, params, weights["norm.weight"].dtype.itemsize, free)
+    return llama.prefill(tokens, weights, params, cache, start, chunk=chunk, **options)
+
+
 def read_back(steps: Iterator[Tensor]) -> Iterator[Tensor]:
     """The token ids (B) of each step, on the CPU; those of a GPU while it computes the next step.
 

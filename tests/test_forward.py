@@ -1,7 +1,9 @@
 """forward against three references, tensor by tensor; and against itself in other arrangements."""
 
+import itertools
 import math
 import threading
+import weakref
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama3_from_scratch as llama
 from parts.batch import advance, rows_of
-from parts.eager import one_token_step, without_onednn
+from parts.eager import chunk_that_fits, one_token_step, without_onednn
 
 SHAPES = {  # changes to SMALL
     "grouped": {},
@@ -325,3 +327,32 @@ def test_rows_of_different_lengths_run_together(model, monkeypatch):
             positions = positions + 1
         assert [len(out) for out in new] == [5, 30, 21, 30, 10]
         assert all(out == alone[row][: len(out)] for row, out in enumerate(new))
+
+
+def test_a_chunk_that_fits(model):
+    """What a pass over a chunk takes beside weights and cache is the quarter of the memory it was given."""
+    params, weights = model(n_layers=2)
+    S = 512
+    for free in (2**22, 2**24, 2**26):
+        chunk = chunk_that_fits(S, params, 4, free)
+        tokens, positions = some_tokens(params, B=1, T=chunk), torch.arange(S - chunk, S)[None]
+        cache = llama.make_cache(weights, params, 1, S)
+        there = [*weights.values(), *itertools.chain(*cache)]
+        held = {x.untyped_storage().data_ptr(): 0 for x in there}
+        most = 0
+
+        class Counted(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None, held=held):
+                nonlocal most
+                out = function(*args, **kwargs or {})
+                storage = out.untyped_storage()
+                place = storage.data_ptr()
+                if place not in held:
+                    held[place] = storage.nbytes()
+                    weakref.finalize(storage, held.pop, place)
+                most = max(most, sum(held.values()))
+                return out
+
+        with Counted(), torch.no_grad():
+            llama.forward(tokens, weights, params, cache, positions, torch.tensor([chunk - 1]))
+        assert 0.5 * free / 4 < most < 1.1 * free / 4

@@ -12,7 +12,7 @@ from references import float64_loop
 from torch._dynamo.utils import counters
 
 import llama3_from_scratch as llama
-from parts import compiled
+from parts import compiled, eager
 from parts.batch import advance, rows_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -193,3 +193,17 @@ def test_two_gpus(script):
     result = together(2)
     alone = script("Once upon a time", *FLAGS, "cpu", "--show", "none", "--dtype", "float32")
     assert result.returncode == 0 and result.stdout == alone.stdout
+
+
+def test_a_prompt_takes_a_quarter_of_the_free_memory(on_gpu, monkeypatch):
+    params, _, there = on_gpu(n_layers=2)
+    tokens = some_tokens(params, B=1, T=512).cuda()
+    cache = llama.make_cache(there, params, 1, 512)
+    free = 2**26
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 2**40))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", torch.cuda.memory_allocated)
+    eager.prefill(tokens[:, :2], there, params, cache)  # the libraries keep some
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    eager.prefill(tokens, there, params, cache)
+    assert torch.cuda.max_memory_allocated() - before < 1.2 * free / 4
