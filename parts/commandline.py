@@ -147,7 +147,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--compile",
         action="store_true",
-        help="compile the step from token to token: see the README",
+        help="compile the step from token to token: see docs/speed.md",
     )
     add("--layers", metavar="N", type=int, help="run the first N layers only")
     add(

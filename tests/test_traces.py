@@ -3,12 +3,11 @@
 import json
 import os
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, relative_error, some_tokens
+from conftest import relative_error, some_tokens
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_viewer import CHROMIUM, browser, choose, look, page  # noqa: F401  fixtures
@@ -167,20 +166,3 @@ def test_every_chunk_is_stopped_in_and_the_shapes_say_of_which(script, monkeypat
     assert shown.count("layers.0.attention.q ") == 1
     short = script("Once", *flags).stderr
     assert "chunks" not in short and short.count("stopped at") == 1
-
-
-def test_a_stop_says_where_before_the_debugger_asks():
-    """In a process of its own: under a terminal both streams are one, and the order is what people see."""
-    flags = ["--break-at", "layers.*.attention.q", "--show", "none", "--max-new-tokens", "0"]
-    command = [sys.executable, str(ROOT / "llama3_from_scratch.py"), "Hello", *flags]
-    result = subprocess.run(
-        command, input="p q.shape\nc\nc\nc\nc\n", stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"},
-    )  # fmt: skip
-    assert result.returncode == 0
-    said = re.findall(
-        r"stopped at (\S+), layer (\d) of 0 to 3.*\n +B H T E +(.*)  bfloat16", result.stdout
-    )
-    assert said == [(f"layers.{i}.attention.q", str(i), "1 8 2 32") for i in range(4)]
-    first = result.stdout.index("stopped at")
-    assert first < result.stdout.index("(Pdb)") and "torch.Size([1, 8, 6, 32])" in result.stdout
