@@ -193,7 +193,7 @@ def story() -> str:
     """The text that the first command writes, as a block of Markdown."""
     command = [sys.executable, *shlex.split(COMMAND)[1:], "--show", "none"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
-    lines = textwrap.wrap("Once upon a time" + run.stdout, 110)
+    lines = textwrap.wrap("Once upon a time" + run.stdout, 95)
     return "\n".join(["```text", *lines, "```", ""])
 
 

@@ -8,10 +8,11 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import types
 
+import pexpect
+import pyte
 import pytest
 import tomllib
 import torch
@@ -233,25 +234,32 @@ def sessions():
 
 
 def test_a_session_in_the_debugger():
-    """What is typed behind (Pdb) is typed here, and all that a page shows is printed, in its order."""
+    """In a terminal: what is typed behind (Pdb) is typed, and all that a page shows stands on the screen."""
     short, long = sorted(sessions(), key=len)
     command, *shown = long
     assert short[0] == command and {*short} <= {*long}  # the README shows some of it
-    typed = [line.removeprefix("(Pdb) ") for line in shown if line.startswith("(Pdb) ")]
     _, _, program, *words = shlex.split(command)
-    result = subprocess.run(
-        [sys.executable, str(ROOT / program), *words],
-        input="\n".join([*typed, ""]),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"},
+    screen = pyte.Screen(100, 200)
+    stream = pyte.Stream(screen)
+    child = pexpect.spawn(
+        sys.executable,
+        [str(ROOT / program), *words],
+        dimensions=(200, 100),
+        encoding="utf-8",
+        timeout=100,
     )
-    assert result.returncode == 0, result.stdout
-    printed = iter(result.stdout.replace("(Pdb) ", "").splitlines())
+    for line in [line for line in shown if line.startswith("(Pdb) ")]:
+        child.expect_exact("(Pdb) ")
+        stream.feed(child.before + child.after)
+        child.sendline(line.removeprefix("(Pdb) "))
+    child.expect(pexpect.EOF)
+    stream.feed(child.before)
+    child.close()
+    assert child.exitstatus == 0
+    on_screen = iter([line.rstrip() for line in screen.display])
     for line in shown:
-        if not line.startswith("(Pdb) "):
-            assert line in printed, (line, result.stdout)
+        assert line in on_screen, (line, "\n".join(screen.display).rstrip())
+    assert any("became good friends." in line for line in screen.display)
 
 
 # ------------------------------------------------------------------------------------ the first run
