@@ -44,6 +44,7 @@ COLOURS = {
     "magenta": ("#8250df", "#d2a8ff"),
     "cyan": ("#0b6470", "#76e3ea"),
     "white": ("#57606a", "#e6edf3"),
+    "brightmagenta": ("#bf3989", "#ff9bce"),
     "faint": ("#57606a", "#9aa3ad"),
 }
 STORY = re.compile(r"(?<=docs/make_first_run.py -->\n)```text\n.*?```\n(?=<!-- end)", re.DOTALL)
@@ -94,12 +95,12 @@ def screen_of(command: str) -> tuple[pyte.Screen, dict[tuple[int, int], int], fl
 
 def colour_of(cell: pyte.screens.Char) -> tuple[str, str]:
     """A class of the picture's style, or a colour of its own, as (attribute, value)."""
-    name = cell.fg
-    if name in ("brightblack", "bright black"):
+    name = cell.fg.replace("bfight", "bright")  # so pyte spells one of them
+    if name == "brightblack":
         return "class", "faint"
-    name = name.removeprefix("bright")
-    if name in COLOURS:
-        return "class", name
+    for known in (name, name.removeprefix("bright")):
+        if known in COLOURS:
+            return "class", known
     return "fill", f"#{name}"
 
 
@@ -146,11 +147,11 @@ def picture(screen: pyte.Screen, written: dict[tuple[int, int], int], command: s
 
     def text(row: int, column: int, said: str, at: float, attribute: str, bold: bool) -> str:
         x, y = MARGIN + column * WIDTH, MARGIN + (row + 0.75) * HEIGHT
-        weight = ' font-weight="bold"' if bold else ""
+        weight = "font-weight: bold; " if bold else ""
         said = said.rstrip()
         return (
-            f'<text x="{x:.1f}" y="{y:.1f}" textLength="{len(said) * WIDTH:.1f}" {attribute}{weight} '
-            f'style="animation-delay: {at:.2f}s">{escape(said)}</text>'
+            f'<text x="{x:.1f}" y="{y:.1f}" textLength="{len(said) * WIDTH:.1f}" {attribute} '
+            f'style="{weight}animation-delay: {at:.2f}s">{escape(said)}</text>'
         )
 
     lines = [text(0, 0, "$", 0, 'class="faint"', False)]
@@ -200,8 +201,8 @@ def story() -> str:
 def main() -> None:
     screen, written, _ = min((screen_of(COMMAND) for _ in range(3)), key=lambda run: run[2])
     PICTURE.write_text(picture(screen, written, COMMAND), encoding="utf-8")
-    readme = README.read_text(encoding="utf-8")
     told = story()
+    readme = README.read_text(encoding="utf-8")
     if not STORY.search(readme):
         raise SystemExit("error: README.md has no place for the story")
     README.write_text(STORY.sub(lambda _: told, readme), encoding="utf-8")

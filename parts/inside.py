@@ -178,24 +178,27 @@ def show_chosen(which: str, n_layers: int) -> llama.Probe:
     return probe
 
 
+def tokens_at(positions: Tensor) -> str:
+    """Which tokens stand at positions (B T), in words."""
+    return f"tokens {int(positions.min())} to {int(positions.max())}"
+
+
+def say_chunk(positions: Tensor, start: int) -> None:
+    """Says on stderr of which tokens shapes are, unless the prompt, from position start on, is one chunk."""
+    if int(positions.min()) > start:
+        which = tokens_at(positions)
+        print(f"read in chunks; these are the shapes of the last, {which}", file=sys.stderr)
+
+
 def in_the_last_chunk(forward: llama.Forward, start: int) -> llama.Forward:
-    """forward, for the last chunk of a prompt from position start on; if there were others, it says so."""
+    """forward, for the last chunk of a prompt from position start on; it says which tokens that is."""
 
     def told(tokens: Tensor, weights: llama.Weights, params: llama.Params, *rest: Any) -> Tensor:
         _, positions, _ = rest
-        if int(positions.min()) > start:
-            print(
-                f"the prompt is read in chunks; these are the shapes of its last, {span(positions)}",
-                file=sys.stderr,
-            )
+        say_chunk(positions, start)
         return forward(tokens, weights, params, *rest)
 
     return told
-
-
-def span(positions: Tensor) -> str:
-    """Which tokens stand at positions (B T), in words."""
-    return f"tokens {int(positions.min())} to {int(positions.max())}"
 
 
 def say_stop(name: str, dims: str, tensor: object, n_layers: int = 0, *more: str) -> None:
@@ -209,8 +212,8 @@ def say_stop(name: str, dims: str, tensor: object, n_layers: int = 0, *more: str
     shape, kind = "no tensor", type(tensor).__name__
     if isinstance(tensor, Tensor):
         shape, kind = " ".join(map(str, tensor.shape)), str(tensor.dtype)[6:]
-    print(f"stopped at {', '.join([name, *where])}", file=sys.stderr)
-    print(f"           {dims:<8} {shape}  {kind}", file=sys.stderr, flush=True)
+    lines = [f"stopped at {name}", f"{dims}  {shape}  {kind}", ", ".join(where)]
+    print(*filter(None, lines), sep="\n           ", file=sys.stderr, flush=True)
 
 
 def break_at(*patterns: str) -> llama.Probe:
@@ -242,7 +245,7 @@ def forward_with_breakpoints(
     def stop_at(name: str, dims: str, x: Tensor, variable: str, positions: Tensor | None) -> bool:
         if not chosen(name, patterns):
             return False
-        more = [] if positions is None else [span(positions)]
+        more = [] if positions is None else [tokens_at(positions)]
         say_stop(name, dims, x, params["n_layers"], *more, f"in the variable {variable}")
         return True
 
@@ -376,7 +379,4 @@ def save_trace(
     size = place_of(path).stat().st_size
     size_said = f"{size / 1e6:.1f} MB" if size > 1e6 else f"{size / 1e3:.0f} kB"
     print(f"{printable(path)}: {len(trace)} tensors, {size_said}", file=sys.stderr)
-    print(
-        f"to look at them open {viewer.as_uri()} in a browser and drop the file there",
-        file=sys.stderr,
-    )
+    print(f"drop it onto {viewer.as_uri()} in a browser", file=sys.stderr)

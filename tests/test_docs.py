@@ -268,7 +268,7 @@ def test_a_session_in_the_debugger():
 def steady(text):
     """The words of a text, without what differs from run to run: seconds, rates, memory."""
     text = " ".join(text.split())
-    return re.sub(r"\d[\d.,]*(?=( ?[kMG]?)(B|s|ms|min|tok/s|tokens/s)\b)", "#", text).split()
+    return re.sub(r"\d[\d.,]*(?=( ?[kMG]?)(B\b|s\b|ms\b|min\b|tok/s|/s))", "#", text).split()
 
 
 def test_the_story_in_the_readme_is_what_a_run_writes(script):

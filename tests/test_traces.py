@@ -154,15 +154,16 @@ def test_every_chunk_is_stopped_in_and_the_shapes_say_of_which(script, monkeypat
     prompt = "Once upon a time there was a little fox. " * 4  # 42 tokens
     shown = script(prompt, *flags).stderr
     assert [stop["scores"].shape[-1] for stop in stops] == [20, 40, 42]
-    said = re.findall(r"^stopped at (.*)\n +(.*)", shown, re.M)
+    said = re.findall(r"^stopped at (.*)\n +(.*)\n +(.*)", shown, re.M)
     assert said == [
         (
-            f"layers.2.attention.scores, layer 2 of 0 to 3, tokens {span}, in the variable scores",
+            "layers.2.attention.scores",
             f"B H T S  1 8 {T} {S}  bfloat16",
+            f"layer 2 of 0 to 3, tokens {which}, in the variable scores",
         )
-        for span, T, S in (("0 to 19", 20, 20), ("20 to 39", 20, 40), ("40 to 41", 2, 42))
+        for which, T, S in (("0 to 19", 20, 20), ("20 to 39", 20, 40), ("40 to 41", 2, 42))
     ]
-    assert "in chunks; these are the shapes of its last, tokens 40 to 41\nlayers.0.a" in shown
+    assert "read in chunks; these are the shapes of the last, tokens 40 to 41\nlayers.0.a" in shown
     assert shown.count("layers.0.attention.q ") == 1
     short = script("Once", *flags).stderr
     assert "chunks" not in short and short.count("stopped at") == 1
