@@ -18,7 +18,16 @@ from torch import Tensor
 import llama3_from_scratch as llama
 from parts import batch, conversation, eager, for_screen, printable, vocabulary
 from parts.chat import prompt_ids
-from parts.inside import check_finite, not_finite
+from parts.inside import (
+    LAYERS_SHOWN,
+    check_finite,
+    check_names,
+    check_place,
+    in_the_last_chunk,
+    not_finite,
+    save_trace,
+    show_chosen,
+)
 from parts.programs import flags_of, run_program
 
 RANGES = {  # of flags: least and greatest value
@@ -105,14 +114,27 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--show",
-        choices=("all", "first", "none"),
+        metavar="WHICH",
         default="first",
-        help="shapes of which layers (first)",
+        help="shapes of all layers, of the first (default), of none, or of names: all, first, none, or a\n"
+        'glob such as "layers.*.attention.*"',
     )
     add(
         "--save-trace",
         metavar="FILE",
         help="write every tensor of the prompt's pass, as .safetensors",
+    )
+    add(
+        "--trace-only",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help='of these only, as "layers.*.attention.probs" or "lens.*" (the logit lens); several times',
+    )
+    add(
+        "--trace-generated",
+        action="store_true",
+        help="trace what was generated too: the pass is over the prompt and the answer",
     )
     add(
         "--break-at",
@@ -124,7 +146,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--compile",
         action="store_true",
-        help="compile the step from token to token: see the README",
+        help="compile the step from token to token: see docs/speed.md",
     )
     add("--layers", metavar="N", type=int, help="run the first N layers only")
     add(
@@ -144,6 +166,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         wrong("--system needs --chat")
     if args.prompts is not None and (args.prompt is not None or args.break_at or args.save_trace):
         wrong("--prompts goes without a prompt, --break-at and --save-trace")
+    if args.save_trace is None and (args.trace_only or args.trace_generated):
+        wrong(f"--trace-{'only' if args.trace_only else 'generated'} needs --save-trace")
+    check_globs(args, n_layers=1000)  # before a large model is loaded; its own layers after that
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -155,6 +180,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             f"--device {args.device}: PyTorch {torch.__version__} finds none here; cpu always works"
         )
     return args
+
+
+def check_globs(args: argparse.Namespace, n_layers: int) -> None:
+    """ValueError for a flag's glob that matches no tensor of a model with so many layers."""
+    shown = [] if args.show in LAYERS_SHOWN else [args.show]
+    for flag, globs in {
+        "--show": shown,
+        "--break-at": args.break_at,
+        "--trace-only": args.trace_only,
+    }.items():
+        if globs:
+            check_names(flag, globs, n_layers)
 
 
 def peak_memory(device: str) -> float:
@@ -205,13 +242,15 @@ def answer(
     breakpoints, if there are any. Returns the new ids; all but the last of them are then in the cache.
     """
     weights, params, tokenizer = model
+    options = {} if watched is None else {"read": watched}  # breakpoints are in each chunk
     if args.show != "none":
         show_prompt(ids, cached, tokenizer)
-        shapes = llama.show_shapes(args.show, params["n_layers"])
-        watched = functools.partial(watched or llama.forward, probe=shapes)
+        shapes = show_chosen(args.show, params["n_layers"])
+        shown = functools.partial(watched or llama.forward, probe=shapes)
+        options["watched"] = in_the_last_chunk(shown, cached)
     tokens = torch.tensor([ids[cached:]], device=args.device)
     started = time.perf_counter()
-    logits = prefill(tokens, weights, params, cache, cached, watched=watched)
+    logits = prefill(tokens, weights, params, cache, cached, **options)
     check_finite(logits, weights)  # this also waits for a GPU
     read = first = time.perf_counter()
     if args.show != "none":
@@ -291,6 +330,8 @@ def compiled_for(
 def run(args: argparse.Namespace) -> None:
     """What the flags ask for."""
     prompts = given_prompts(args)
+    if args.save_trace is not None:
+        check_place(args.save_trace)
 
     def positions(tokenizer: Any, context: int) -> int:
         """How many the cache will hold, for the check of the memory. It also finds wrong prompts early."""
@@ -309,6 +350,7 @@ def run(args: argparse.Namespace) -> None:
         force=args.force,
         positions=positions,
     )
+    check_globs(args, params["n_layers"])
     eager.start_libraries(model)
     generator = torch.Generator(args.device).manual_seed(
         torch.seed() if args.seed is None else args.seed
@@ -347,12 +389,20 @@ def run(args: argparse.Namespace) -> None:
     if prompts is None:
         return conversation.converse(model, args, answer=how)
     ids = prompt_ids(prompts[0], tokenizer, params["max_seq_len"], args.chat, args.system)
-    if args.save_trace is not None:
-        from parts.inside import save_trace
+    if args.save_trace is not None and not args.trace_generated:
+        trace(prompts[0], ids, ids, model, args)
+    new = how(ids, llama.make_cache(weights, params, 1), 0)
+    if args.trace_generated:
+        trace(prompts[0], ids, [*ids, *new], model, args)
 
-        about = {"prompt": prompts[0], "weights": args.weights}
-        save_trace(args.save_trace, torch.tensor([ids], device=args.device), model, about)
-    how(ids, llama.make_cache(weights, params, 1), 0)
+
+def trace(
+    prompt: str, prompt_ids: list[int], ids: list[int], model: llama.Model, args: argparse.Namespace
+) -> None:
+    """Writes the trace of a pass over ids, which begin with those of the prompt, as --save-trace says."""
+    about = {"prompt": prompt, "weights": args.weights, "prompt_tokens": str(len(prompt_ids))}
+    tokens = torch.tensor([ids], device=args.device)
+    save_trace(args.save_trace, tokens, model, about, args.trace_only)
 
 
 def main(argv: list[str] | None = None) -> int:

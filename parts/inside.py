@@ -1,12 +1,16 @@
-"""Looking inside `forward`: what the script's --break-at and --save-trace do, and probes that compose."""
+"""Looking inside `forward`: names by glob, --break-at, --save-trace, and probes that compose."""
 
+import difflib
 import fnmatch
 import inspect
 import json
+import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -65,6 +69,66 @@ def place_of(path: str | Path) -> Path:
         raise ValueError(f"{path}: cannot be written ({first_line(problem)})") from None
 
 
+# ------------------------------------------------------------------------------------ names
+
+LAYERS_SHOWN = ("all", "first", "none")  # what --show may say beside a glob
+LENS = ("lens.ids", "lens.probs")  # what a trace holds beside the steps of forward
+# A step of forward that passes through the probe; line: all of it, variable: what then holds the tensor
+STEP = re.compile(
+    r'^(?P<line> +(?P<variable>\w+) = probe\((?P<string>f?"(?P<name>.+?)"), (?P<dims>f?".+?").*)$',
+    re.MULTILINE,
+)
+
+
+def step_names(forward: llama.Forward, layers: Iterable[object]) -> list[str]:
+    """The names of all steps of forward, for these layers; a layer "*" stands for any."""
+    source = inspect.getsource(inspect.unwrap(forward))
+    steps = [step["name"] for step in STEP.finditer(source)]
+    return list(dict.fromkeys(step.replace("{i}", str(i)) for i in layers for step in steps))
+
+
+def chosen(name: str, which: str | Iterable[str]) -> bool:
+    """Is a name one of "all", of the "first" layer, of "none", or matched by a glob, or by one of several?"""
+    if which in LAYERS_SHOWN:
+        first = name.startswith("layers.0.") or not name.startswith("layers.")
+        return which == "all" or (which == "first" and first)
+    patterns = [which] if isinstance(which, str) else which
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def check_names(flag: str, patterns: Iterable[str], n_layers: int) -> None:
+    """ValueError, which says what comes near, for a flag's glob that matches no name."""
+    lens = LENS if flag == "--trace-only" else ()
+    names = [*step_names(llama.forward, range(n_layers)), *lens]
+    for pattern in patterns:
+        if not any(chosen(name, [pattern]) for name in names):
+            why = nearest(pattern, [*step_names(llama.forward, ["*"]), *lens], n_layers)
+            wrong = "no tensor has such a name"
+            if flag == "--show":
+                wrong = "not all, first or none, and no tensor has such a name"
+            raise ValueError(f"{flag} {pattern}: {wrong}; {why}")
+
+
+def nearest(pattern: str, templates: list[str], n_layers: int) -> str:
+    """What a glob that matches nothing may have meant, in words. templates: the names, with layer "*"."""
+    given = re.match(r"layers\.(\d+)\.", pattern)
+    general = re.sub(r"^layers\.[^.]*\.", "layers.*.", pattern)
+    if given and int(given[1]) >= n_layers and any(chosen(t, [general]) for t in templates):
+        return f"the layers are 0 to {n_layers - 1}"
+
+    def likeness(template: str) -> float:
+        whole = difflib.SequenceMatcher(None, general, template).ratio()
+        end, its_end = general.rpartition(".")[2], template.rpartition(".")[2]
+        return max(whole, difflib.SequenceMatcher(None, end, its_end).ratio())
+
+    near = [t for t in sorted(templates, key=likeness, reverse=True)[:2] if likeness(t) > 0.6]
+    if given and int(given[1]) < n_layers:
+        near = [template.replace("*", given[1]) for template in near]
+    if not near:
+        return "--show all prints them all"
+    return f"do you mean {' or '.join(near)}? --show all prints them all"
+
+
 # ------------------------------------------------------------------------------------ probes
 
 
@@ -102,11 +166,62 @@ def compose(*probes: llama.Probe) -> llama.Probe:
     return probe
 
 
+def show_chosen(which: str, n_layers: int) -> llama.Probe:
+    """The script's show_shapes; which may also be a glob of names."""
+    if which in LAYERS_SHOWN:
+        return llama.show_shapes(which, n_layers)
+    shapes = llama.show_shapes("all", n_layers)
+
+    def probe(name: str, dims: str, tensor: Tensor) -> Tensor:
+        return shapes(name, dims, tensor) if chosen(name, which) else tensor
+
+    return probe
+
+
+def tokens_at(positions: Tensor) -> str:
+    """Which tokens stand at positions (B T), in words."""
+    return f"tokens {int(positions.min())} to {int(positions.max())}"
+
+
+def say_chunk(positions: Tensor, start: int) -> None:
+    """Says on stderr of which tokens shapes are, unless the prompt, from position start on, is one chunk."""
+    if int(positions.min()) > start:
+        which = tokens_at(positions)
+        print(f"read in chunks; these are the shapes of the last, {which}", file=sys.stderr)
+
+
+def in_the_last_chunk(forward: llama.Forward, start: int) -> llama.Forward:
+    """forward, for the last chunk of a prompt from position start on; it says which tokens that is."""
+
+    def told(tokens: Tensor, weights: llama.Weights, params: llama.Params, *rest: Any) -> Tensor:
+        _, positions, _ = rest
+        say_chunk(positions, start)
+        return forward(tokens, weights, params, *rest)
+
+    return told
+
+
+def say_stop(name: str, dims: str, tensor: object, n_layers: int = 0, *more: str) -> None:
+    """Says on stderr at which tensor a breakpoint stops, before the debugger asks what to do."""
+    if processes()[0] > 0 or os.environ.get("PYTHONBREAKPOINT") == "0":
+        return
+    where = list(more)
+    layer = re.match(r"layers\.(\d+)\.", name)
+    if layer and n_layers:
+        where.insert(0, f"layer {layer[1]} of 0 to {n_layers - 1}")
+    shape, kind = "no tensor", type(tensor).__name__
+    if isinstance(tensor, Tensor):
+        shape, kind = " ".join(map(str, tensor.shape)), str(tensor.dtype)[6:]
+    lines = [f"stopped at {name}", f"{dims}  {shape}  {kind}", ", ".join(where)]
+    print(*filter(None, lines), sep="\n           ", file=sys.stderr, flush=True)
+
+
 def break_at(*patterns: str) -> llama.Probe:
     """A probe that calls breakpoint() at tensors whose name matches a glob pattern; "up" leads to forward."""
 
     def probe(name: str, dims: str, tensor: Tensor) -> Tensor:
-        if any(fnmatch.fnmatch(name, pattern) for pattern in patterns):
+        if chosen(name, patterns):
+            say_stop(name, dims, tensor)
             breakpoint()
         return returned(name, tensor)
 
@@ -121,23 +236,21 @@ def forward_with_breakpoints(
     The call is put into the source, behind the probe and on its line, so that any debugger (PYTHONBREAKPOINT)
     stops in forward's own frame, with all its locals. Raises ValueError for a pattern that no name matches.
     """
+    check_names("--break-at", patterns, params["n_layers"])
     plain = inspect.unwrap(forward)
-    source = inspect.getsource(plain)
-    probed = re.compile(r'^(?P<line> +\w+ = probe\((?P<string>f?"(?P<name>.+?)").*)$', re.MULTILINE)
-    names = [
-        found["name"].replace("{i}", str(i))
-        for found in probed.finditer(source)
-        for i in range(params["n_layers"])
-    ]
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise ValueError(
-                f"--break-at {pattern}: no tensor has such a name; --show all prints them"
-            )
-    source = probed.sub(r"\g<line>; stop_at(\g<string>) and breakpoint()", source)
+    call = r"stop_at(\g<string>, \g<dims>, \g<variable>, '\g<variable>', positions)"
+    source = STEP.sub(rf"\g<line>; {call} and breakpoint()", inspect.getsource(plain))
     lines_before = "\n" * (plain.__code__.co_firstlineno - 1)
+
+    def stop_at(name: str, dims: str, x: Tensor, variable: str, positions: Tensor | None) -> bool:
+        if not chosen(name, patterns):
+            return False
+        more = [] if positions is None else [tokens_at(positions)]
+        say_stop(name, dims, x, params["n_layers"], *more, f"in the variable {variable}")
+        return True
+
     namespace = dict(plain.__globals__)
-    namespace["stop_at"] = lambda name: any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    namespace["stop_at"] = stop_at
     file = inspect.getsourcefile(plain) or "forward"
     exec(compile(lines_before + source, file, "exec"), namespace)
     if forward is plain:
@@ -160,17 +273,16 @@ def is_trace(path: Path) -> bool:
 
 
 def logit_lens(
-    trace: dict[str, Tensor], weights: llama.Weights, params: llama.Params, top: int = 10
+    x: Tensor, weights: llama.Weights, params: llama.Params, top: int = 10
 ) -> tuple[Tensor, Tensor]:
-    """What would each layer's output predict, were it the last? Token ids and probabilities (L B T top).
+    """What would a layer's output x (B T D) predict, were it the last? Ids and probabilities (B T top).
 
     It goes through the final norm and the head, as the last layer's does. Source: nostalgebraist,
     "interpreting GPT: the logit lens", 2020.
     """
     ids, probs = [], []
-    for i in range(params["n_layers"]):
-        x = trace[f"layers.{i}.out"].to(weights["norm.weight"].device)
-        h = llama.rms_norm(x, weights["norm.weight"], params["norm_eps"])
+    for part in x.split(256, dim=1):  # of 128,256 numbers for each token
+        h = llama.rms_norm(part, weights["norm.weight"], params["norm_eps"])
         logits = llama.project(h, weights["output.weight"]).float()
         if processes()[1] > 1:
             from parts import parallel
@@ -179,62 +291,92 @@ def logit_lens(
         likeliest = logits.softmax(-1).topk(min(top, logits.shape[-1]))
         ids.append(likeliest.indices.cpu())
         probs.append(likeliest.values.cpu())
-    return torch.stack(ids), torch.stack(probs)
+    return torch.cat(ids, 1), torch.cat(probs, 1)
 
 
 @torch.inference_mode()
-def traced(tokens: Tensor, model: llama.Model) -> dict[str, Tensor]:
-    """Every tensor of one pass over tokens (B T), by name, and the logit lens; whole, whoever computed it."""
+def traced(tokens: Tensor, model: llama.Model, only: Iterable[str] = ()) -> dict[str, Tensor]:
+    """Every tensor of one pass over tokens (B T), by name, and the logit lens; whole, whoever computed it.
+
+    only: globs of the names that are kept, the tokens always; what is not kept takes no memory.
+    """
     weights, params, _ = model
-    trace: dict[str, Tensor] = {}
-    probe = record(trace)
+    which = list(only) or "all"
     rank, N = processes()
-    if rank > 0:  # these write no file, and need for the lens no more than
+    trace: dict[str, Tensor] = {}
+    keep = record(trace)
+    lens: list[tuple[Tensor, Tensor]] = []  # of each layer
+    with_lens = any(chosen(name, which) for name in LENS)
 
-        def probe(name: str, dims: str, tensor: Tensor) -> Tensor:
-            if re.fullmatch(r"layers\.\d+\.out", name):
-                trace[name] = tensor.clone()
-            return tensor
+    def kept(name: str, dims: str, tensor: Tensor) -> Tensor:
+        if rank == 0 and (name == "tokens" or chosen(name, which)):  # process 0 writes the file
+            keep(name, dims, tensor)
+        if with_lens and re.fullmatch(r"layers\.\d+\.out", name):  # all processes meet here
+            lens.append(logit_lens(tensor, weights, params))
+        return tensor
 
+    probe: llama.Probe = kept
     if N > 1:
         from parts import parallel
 
-        probe = parallel.gathering(probe, params)
-    check_finite(llama.forward(tokens, weights, params, probe=probe), weights)
-    trace["lens.ids"], trace["lens.probs"] = logit_lens(trace, weights, params)
+        probe = parallel.gathering(kept, params)
+    last = None
+    if not (chosen("norm", which) or chosen("logits", which)):  # large, and not asked for
+        last = torch.full_like(tokens[:, 0], tokens.shape[1] - 1)
+    logits = llama.forward(tokens, weights, params, last=last, probe=probe)
+    check_finite(logits, weights)
+    for name, of_layers in zip(LENS, zip(*lens)):
+        if chosen(name, which):
+            trace[name] = torch.stack(of_layers)
     return trace
 
 
-def save_trace(path: str, tokens: Tensor, model: llama.Model, about: dict[str, str]) -> None:
-    """Writes every tensor of one pass over tokens (B T), without a cache, to a .safetensors file.
-
-    Beside them "lens.ids" and "lens.probs" (logit_lens). about: strings for the metadata; params, dtype and
-    the texts of all tokens that tools/viewer.html names are added.
-    """
-    if processes()[0] > 0:  # process 0 writes
-        traced(tokens, model)
-        return
-    weights, params, tokenizer = model
+def check_place(path: str | Path) -> None:
+    """ValueError if no trace can be written there: better known before the work than after it."""
     target = place_of(path)
     try:
         if target.exists() and not (target.is_file() and is_trace(target)):
             raise ValueError(f"{path}: the trace would take the place of something else")
-        # Can it be written there? Better known before the pass than after it.
         tempfile.TemporaryFile(dir=target.parent).close()
     except OSError as problem:
         raise ValueError(f"{path}: cannot be written ({problem.strerror})") from None
-    trace = traced(tokens, model)
+
+
+def save_trace(
+    path: str,
+    tokens: Tensor,
+    model: llama.Model,
+    about: dict[str, str],
+    only: Iterable[str] = (),
+) -> None:
+    """Writes the tensors of one pass over tokens (B T), without a cache, to a .safetensors file.
+
+    Beside them "lens.ids" and "lens.probs": logit_lens of each layer (L B T 10). only: globs of names, as
+    in traced. about: strings for the metadata; params, dtype and the texts of all tokens that
+    tools/viewer.html names are added.
+    """
+    if processes()[0] > 0:  # process 0 writes
+        traced(tokens, model, only)
+        return
+    weights, params, tokenizer = model
+    check_place(path)
+    trace = traced(tokens, model, only)
     whole = params.get("whole", params) | {"n_layers": params["n_layers"]}
     dtype = str(weights["norm.weight"].dtype).removeprefix("torch.")
-    shown = torch.cat([trace["tokens"].flatten(), trace["lens.ids"].flatten()])
+    shown = [
+        trace["tokens"].flatten(),
+        *(trace[name].flatten() for name in LENS[:1] if name in trace),
+    ]
+    if "logits" in trace:
+        logits = vocabulary.of_tokens(trace["logits"], tokenizer)
+        shown.append(logits.topk(min(10, logits.shape[-1])).indices.flatten())
     texts = {}
-    for n in shown.unique().tolist():
+    for n in torch.cat(shown).unique().tolist():
         texts[n] = vocabulary.piece(tokenizer, n).decode("utf-8", "backslashreplace")
     about = about | {"params": json.dumps(whole), "dtype": dtype, "texts": json.dumps(texts)}
     save_tensors(path, trace, about)
     viewer = Path(__file__).resolve().parents[1] / "tools" / "viewer.html"
-    print(
-        f"{printable(path)}: {len(trace)} tensors, {target.stat().st_size / 1e6:.1f} MB; to look at them "
-        f"open {viewer.as_uri()} in a browser and drop the file there",
-        file=sys.stderr,
-    )
+    size = place_of(path).stat().st_size
+    size_said = f"{size / 1e6:.1f} MB" if size > 1e6 else f"{size / 1e3:.0f} kB"
+    print(f"{printable(path)}: {len(trace)} tensors, {size_said}", file=sys.stderr)
+    print(f"drop it onto {viewer.as_uri()} in a browser", file=sys.stderr)

@@ -281,10 +281,10 @@ def test_a_trace_of_the_script_agrees_with_itself(script, tmp_path, capsys):
     assert "Everything agrees to " in capsys.readouterr().out
 
 
-def test_the_recipe_for_transformers_in_the_readme(tmp_path, monkeypatch, capsys):
+def test_the_recipe_for_transformers_in_docs(tmp_path, monkeypatch, capsys):
     from references import hugging_face_model
 
-    readme = (ROOT / "README.md").read_text()
+    readme = (ROOT / "docs/check_a_port.md").read_text()
     recipe = next(part for part in readme.split("```python\n") if "AutoModelForCausalLM" in part)
     folder = random_checkpoint(tmp_path / "model", SIZES, dtype=torch.float32)
     weights, params, tokenizer = llama.load_model(folder)
@@ -301,8 +301,8 @@ def test_the_recipe_for_transformers_in_the_readme(tmp_path, monkeypatch, capsys
     assert code == 0 and len(found["tensors"]) == 1 + 3 * 10 + 2, found
 
 
-def test_the_recipe_for_metas_reference_in_the_readme(tmp_path, capsys):
-    readme = (ROOT / "README.md").read_text()
+def test_the_recipe_for_metas_reference_in_docs(tmp_path, capsys):
+    readme = (ROOT / "docs/check_a_port.md").read_text()
     recipe = next(
         part for part in readme.split("```python\n") if "import ModelArgs" in part
     ).partition("```")[0]

@@ -379,7 +379,7 @@ def test_llama_2(tmp_path):
         "norm_eps": 1e-05,
         "vocab_size": -1,
     }
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs/real_weights.md").read_text()
     (tmp_path / "text").write_text(text)
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "text"),
