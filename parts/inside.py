@@ -54,7 +54,7 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], about: dict[str, 
         with written_whole(target) as part:
             safetensors.serialize_file(held, part, metadata=about)
     except (OSError, safetensors.SafetensorError) as problem:
-        raise ValueError(f"{path}: cannot be written ({problem})") from None
+        raise ValueError(f"{path}: cannot be written ({first_line(problem)})") from None
 
 
 def place_of(path: str | Path) -> Path:

@@ -394,7 +394,7 @@ def test_compiled(script):
     flags = ("Once upon a time", "--dtype", "float32", "--show", "none", "--max-new-tokens", "30")
     code, out, err, _ = finished(torchrun(2, SCRIPT, *flags, "--compile"), within=300)
     assert (code, out) == (0, script(*flags).stdout), err
-    assert err.count("compiling the step") == 1
+    assert err.count("compiled the step") == 1
 
 
 # ------------------------------------------------------------------------------------ what goes wrong
