@@ -168,7 +168,7 @@ def compiled_step() -> llama.Forward:
         if many:
             words += " for several rows"
         if far:
-            words += " beyond 4,096 positions"
+            words += f" beyond {FAR:,} positions"
         return first_call(words, run)
 
     return step

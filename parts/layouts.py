@@ -899,7 +899,7 @@ def load_model(
         ]
         what[0] = f"{where}: {what[0]}"
         how = printable(words).split(", ")  # of file names
-        how += ["tied head" if tied else "own head", f"on {device}"]
+        how += ["tied head" if tied else "own head", device]
         how += [f"{time.perf_counter() - started:.1f} s"]
         for line in (what, how):
             print(folded(line, ", ", width_of(sys.stderr)), file=sys.stderr)

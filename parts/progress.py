@@ -32,10 +32,11 @@ def erase() -> None:
 
 
 def draw(line: str) -> None:
-    """Puts a line in the place of the one that is drawn."""
-    erase()
-    print(line, end="", file=sys.stderr, flush=True)
-    DRAWN.append(line)
+    """Puts a line in the place of the one that is drawn, at one stroke: so nothing flickers."""
+    before = DRAWN.pop() if DRAWN else ""
+    rest = " " * (columns(before) - columns(line))
+    print("\r" * bool(before) + line + rest, end="", file=sys.stderr, flush=True)
+    DRAWN.append(line + rest)
 
 
 @contextlib.contextmanager
@@ -68,7 +69,7 @@ def progress(what: str, total: float = 0, unit: str = "") -> Iterator[Callable[[
 
     total: of how much, in units ("B" for bytes); 0: nobody knows. One within another is drawn in its place.
     """
-    done = [0.0]
+    done: list[float] = [0]
 
     def advance(more: float) -> None:
         done[0] += more

@@ -69,8 +69,9 @@ def folded(pieces: list[str], gap: str, width: int, indent: str = "  ") -> str:
     lines = [""]
     for n, piece in enumerate(pieces):
         longer = lines[-1] + gap * (n > 0) + piece
-        if n and width and columns(longer) > width - len(gap.rstrip()):
-            lines[-1] += gap.rstrip()  # its comma
+        comma = len(gap.rstrip()) if n + 1 < len(pieces) else 0
+        if n and width and columns(longer) + comma > width:
+            lines[-1] += gap.rstrip()
             lines.append(f"{indent}{piece}")
         else:
             lines[-1] = longer

@@ -38,7 +38,7 @@ def test_the_first_command_anyone_runs():
         r".*weights/tiny: dim 256, 4 layers, 3.5 M parameters, 7 MB of bfloat16", lines[0]
     )
     assert re.fullmatch(
-        r"Meta layout, 1 shard, RoPE scaling 8 \(as in Meta's code\), own head, on cpu, \d+\.\d s",
+        r"Meta layout, 1 shard, RoPE scaling 8 \(as in Meta's code\), own head, cpu, \d+\.\d s",
         lines[1],
     )
     assert (
