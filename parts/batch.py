@@ -5,6 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import tiktoken
 import torch
@@ -44,11 +45,19 @@ def answer_all(
     choose: Callable[[Tensor], Tensor],
     step: llama.Forward,
     prefill: Callable[..., Tensor],
-) -> None:
+) -> tuple[int, float]:
     """Goes on from many prompts, MOST_ROWS at a time: one JSON line each on stdout, as soon as it has ended.
 
-    Its "index" is the line of the prompt, counted from 0.
+    Its "index" is the line of the prompt, counted from 0. Returns how many steps it took, and their seconds.
     """
+    taken: list[float] = []
+
+    def timed(*how: Any) -> Tensor:
+        before = time.perf_counter()
+        logits = step(*how)
+        taken.append(time.perf_counter() - before)
+        return logits
+
     _, params, tokenizer = model
     rows = ids_of(prompts, tokenizer, params["max_seq_len"], args)
     stops = llama.stop_ids(tokenizer)
@@ -57,7 +66,7 @@ def answer_all(
     with progress("answering", len(rows), "prompt") as advance:
         for a in range(0, len(rows), MOST_ROWS):
             batch = rows[a : a + MOST_ROWS]
-            going = go_on_together(batch, model, args.max_new_tokens, choose, step, prefill)
+            going = go_on_together(batch, model, args.max_new_tokens, choose, timed, prefill)
             for n, new in going:
                 index, prompt = given[a + n]
                 reason = "length"
@@ -77,6 +86,7 @@ def answer_all(
     total = f"{plural(len(rows), 'prompt')}, {plural(written, 'new token')} in {seconds:.1f} s"
     total += rate(written, seconds)
     print(painted(total, DIM, wants_colour(args.color, sys.stderr)), file=sys.stderr)
+    return len(taken), sum(taken)
 
 
 def go_on_together(

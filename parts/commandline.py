@@ -6,6 +6,7 @@ import importlib
 import itertools
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -51,10 +52,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The flags. ValueError, in one line, for one that is wrong or that this machine cannot do."""
     about = llama.__doc__ or ""  # python -OO leaves it out
     _, _, examples = about.partition("\n\n    python")
+    examples = re.sub(r"(?m)(?<=\S) {3,}(?=\S)", "\n" + " " * 8, examples)  # for 80 columns
     parser = flags_of(
         prog="llama3_from_scratch.py",
         description=about.partition("\n")[0],
-        formatter_class=argparse.RawTextHelpFormatter,
         epilog=f"examples:\n    python{examples.partition(chr(10) * 2)[0]}" if examples else None,
     )
     add = parser.add_argument
@@ -224,6 +225,15 @@ def as_it_is(seen: int, new: int) -> Cost | None:
     return None
 
 
+def say_if_it_did_not_pay(cost: Cost, steps: int, spent: float) -> None:
+    """A line on stderr if so many compiled steps, in so many seconds, saved less than compiling took."""
+    seconds, plain = cost
+    saved = max(0.0, steps * plain - spent)
+    if saved < seconds:
+        gain = f"{saved:.1f} s" if saved >= 0.05 else "nothing"
+        print(f"[compiling took {seconds:.0f} s and saved {gain} in this run]", file=sys.stderr)
+
+
 def how_it_ended(
     ids: list[int], new: list[int], params: llama.Params, stops: list[int], args: argparse.Namespace
 ) -> str:
@@ -297,11 +307,7 @@ def answer(
         file=sys.stderr,
     )
     if compiling is not None:
-        seconds, plain = compiling
-        saved = max(0.0, later * plain - (ended - first))
-        if saved < seconds:
-            gain = f"{saved:.1f} s" if saved >= 0.05 else "nothing"
-            print(f"[compiling took {seconds:.0f} s and saved {gain} in this run]", file=sys.stderr)
+        say_if_it_did_not_pay(compiling, later, ended - first)
     return new
 
 
@@ -442,7 +448,11 @@ def run(args: argparse.Namespace) -> None:
     if args.compile:
         step, prefill, ready = compiled_for(model, args, prompts)
     if prompts is not None and args.prompts is not None:
-        return batch.answer_all(prompts, model, args, choose, step, prefill)
+        cost = ready(0, 0)
+        steps, spent = batch.answer_all(prompts, model, args, choose, step, prefill)
+        if cost is not None:
+            say_if_it_did_not_pay(cost, steps, spent)
+        return
 
     watched = None
     if args.break_at:

@@ -344,6 +344,28 @@ def test_a_long_prompt_and_its_weights_show_progress(terminal, checkpoint, monke
     assert rows[head - 2].startswith("S 91") or any("S 91 positions" in row for row in rows)
 
 
+def test_a_copy_from_a_bucket_shows_progress(checkpoint, tmp_path, monkeypatch, at_once):
+    from parts import remote
+
+    folder = checkpoint(shards=2)
+    names = [file.name for file in folder.iterdir()]
+    stats = {name: (folder / name).stat() for name in names}
+    stat = {name: remote.blobfile.Stat(s.st_size, 0, 0, None, None) for name, s in stats.items()}
+    here = {"listdir": lambda url: names, "stat": a_while(lambda url: stat[url.rsplit("/", 1)[-1]])}
+    here["BlobFile"] = lambda url, *_, **__: open(folder / url.rsplit("/", 1)[-1], "rb")
+    for name, function in here.items():
+        monkeypatch.setattr(remote.blobfile, name, function)
+    screen = Terminal(100)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "stderr", screen)
+    remote.cached_copy("gs://bucket/llama", str(tmp_path / "cache"))
+    total = sum(s.st_size for s in stats.values())
+    assert re.search(r"copying gs://bucket/llama: +\d+%\|.*B/s\]", screen.raw)
+    (line,) = [row for row in screen.lines() if row.startswith("gs://")]
+    assert line.startswith(f"gs://bucket/llama: {table.size(total)} copied to ")
+    assert "copying" not in "".join(screen.lines())
+
+
 # ------------------------------------------------------------------------------------ --compile
 
 
@@ -423,6 +445,8 @@ def test_where_compiling_pays_nothing_is_said(script, as_if_compiled, monkeypatc
         monkeypatch.setattr(compiled, "prepare", lambda *_, plain=plain: (0.5, plain))
         result = script(*flags)
         assert result.returncode == 0 and result.stderr.count("[compiling took") == said
+        many = script("--prompts", "-", *flags[1:], input="Once\nLlamas\nOne day\n")
+        assert many.returncode == 0 and many.stderr.count("[compiling took") == said
 
 
 # ------------------------------------------------------------------------------------ no silent no-ops
@@ -550,6 +574,12 @@ def test_a_real_terminal(columns):
     assert screen.buffer[dims][34].fg == screen.buffer[dims][43].fg == "cyan"  # D and 256
 
 
-def test_the_help_names_what_is_new():
-    with pytest.raises(ValueError, match="--color"):
-        commandline.parse_arguments(["x", "--color", "sometimes"])
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_help_fits(terminal, capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit):
+        commandline.parse_arguments(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    long = [line for line in lines if len(line) > columns]
+    assert all("torchrun" in line for line in long)  # a command, which is not to be cut
+    assert "  --color {auto,always,never}" in lines
