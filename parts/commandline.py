@@ -260,8 +260,8 @@ def answer(
 ) -> list[int]:
     """Goes on from ids, of which the cache holds the first `cached`: text to stdout, all else to stderr.
 
-    prefill, go_on: the script's prefill and generate with all their options. watched: forward with
-    breakpoints, if there are any. ready: compiles what so many positions need. Returns the new ids; all but
+    prefill: that of parts/progress.py; go_on: the script's generate, with all its options. watched: forward
+    with breakpoints, if there are any. ready: compiles what so many positions need. Returns the new ids; all but
     the last of them are then in the cache.
     """
     weights, params, tokenizer = model
@@ -269,8 +269,7 @@ def answer(
     compiling = ready(len(ids), args.max_new_tokens)
     if args.show != "none":
         show_prompt(ids, cached, tokenizer)
-        shapes = shape_table(args.show, params, len(ids), colour)
-        watched = functools.partial(watched or llama.forward, probe=shapes)
+        prefill = functools.partial(prefill, probe=shape_table(args.show, params, len(ids), colour))
     tokens = torch.tensor([ids[cached:]], device=args.device)
     started = time.perf_counter()
     logits = prefill(tokens, weights, params, cache, cached, watched=watched)
@@ -281,6 +280,8 @@ def answer(
 
     if not args.chat and sys.stdout.isatty() and sys.stderr.isatty():
         prompt = for_screen(tokenizer.decode(ids[len(vars(tokenizer)["begin"]) :]), sys.stderr)
+        if len(prompt) > 1000:
+            prompt = f"… {prompt[-300:]}"
         print(prompt, end="", file=sys.stderr, flush=True)  # so that the text reads as one
     at = torch.tensor([len(ids)], device=args.device)
     steps = itertools.islice(go_on(logits, cache, at), args.max_new_tokens)

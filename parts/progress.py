@@ -5,6 +5,7 @@ In a pipe or a file there is none.
 """
 
 import contextlib
+import functools
 import importlib
 import sys
 import threading
@@ -88,7 +89,7 @@ def progress(what: str, total: float = 0, unit: str = "") -> Iterator[Callable[[
                 continue
             try:
                 with contextlib.suppress(OSError, ValueError):  # the terminal has gone
-                    draw(line_of(what, min(done[0], total), total, unit, seconds))
+                    draw(line_of(what, int(min(done[0], total)), total, unit, seconds))
             finally:
                 LOCK.release()
 
@@ -107,22 +108,44 @@ def progress(what: str, total: float = 0, unit: str = "") -> Iterator[Callable[[
 
 def prefill(
     tokens: llama.Tensor,
+    weights: llama.Weights,
+    params: llama.Params,
     *rest: Any,
     read: llama.Forward | None = None,
     watched: llama.Forward | None = None,
+    probe: llama.Probe | None = None,
     **options: Any,
 ) -> llama.Tensor:
-    """The script's prefill; on a terminal it shows how much of a long prompt has been read."""
+    """The script's prefill; on a terminal it shows how much of a long prompt has been read, layer by layer.
+
+    watched: forward with breakpoints, and probe: what writes to the terminal; both for the last chunk.
+    """
+
+    def ticking(chunk: llama.Tensor, inner: llama.Probe | None) -> llama.Probe:
+        def tick(name: str, dims: str, tensor: llama.Tensor) -> llama.Tensor:
+            if inner is not None:
+                with set_aside():
+                    tensor = inner(name, dims, tensor)
+            if name.startswith("layers.") and name.count(".") == 2 and name.endswith(".out"):
+                advance(chunk.numel() / params["n_layers"])
+            return tensor
+
+        return tick
 
     def counted(chunk: llama.Tensor, *how: Any) -> llama.Tensor:
-        logits = (read or llama.forward)(chunk, *how)
+        if read is None:
+            return functools.partial(llama.forward, probe=ticking(chunk, None))(chunk, *how)
+        logits = read(chunk, *how)  # compiled: it takes no probe
         advance(chunk.numel())
         return logits
 
-    def looked_at(*how: Any) -> llama.Tensor:
-        with set_aside():  # it prints, or stops in the debugger
-            return (watched or counted)(*how)
+    def looked_at(chunk: llama.Tensor, *how: Any) -> llama.Tensor:
+        run = functools.partial(watched or llama.forward, probe=ticking(chunk, probe))
+        if watched is None:
+            return run(chunk, *how)
+        with set_aside():  # it stops in the debugger
+            return run(chunk, *how)
 
-    options |= {"read": counted, "watched": looked_at if watched else None}
+    options |= {"read": counted, "watched": looked_at if watched or probe else None}
     with progress("reading the prompt", tokens.numel(), "tok") as advance:
-        return llama.prefill(tokens, *rest, **options)
+        return llama.prefill(tokens, weights, params, *rest, **options)

@@ -78,11 +78,11 @@ def at_once(monkeypatch):
     monkeypatch.setattr(progress, "TURN", 0.01)
 
 
-def a_while(what, *words):
+def a_while(what, seconds=0.05):
     """The function, made slow enough for a line of progress to be drawn."""
 
     def slow(*arguments, **options):
-        time.sleep(0.05)
+        time.sleep(seconds)
         return what(*arguments, **options)
 
     return slow
@@ -326,7 +326,7 @@ def test_a_long_prompt_and_its_weights_show_progress(terminal, checkpoint, monke
     """Converted from float32 and read in chunks: drawn meanwhile, gone at the end, the text untouched."""
     folder = checkpoint(dtype=torch.float32)
     monkeypatch.setattr(llama, "chunk_size", lambda *_: 16)
-    monkeypatch.setattr(llama, "forward", a_while(llama.forward))
+    monkeypatch.setattr(llama, "rms_norm", a_while(llama.rms_norm, 0.01))
     monkeypatch.setattr(llama, "joined", a_while(llama.joined))
     prompt = "a" * 90
     flags = ("--weights", folder, "--dtype", "bfloat16", "--max-new-tokens", 3)
@@ -341,7 +341,14 @@ def test_a_long_prompt_and_its_weights_show_progress(terminal, checkpoint, monke
     assert not any("reading" in row for row in rows)
     head = next(n for n, row in enumerate(rows) if row.startswith("tensor"))
     assert rows[head + 1].split() == ["tokens", "B", "T", "1", "11", "int64"]  # the last chunk
-    assert rows[head - 2].startswith("S 91") or any("S 91 positions" in row for row in rows)
+    assert any("S 91 positions" in row for row in rows)
+    drawn = {int(n) for n in re.findall(r"reading the prompt: .* (\d+)/91 \[", shown.raw)}
+    assert drawn - {*range(0, 91, 16), 91}, "it stands still within a chunk"
+
+
+def test_a_very_long_prompt_is_not_all_repeated(terminal):
+    code, screen = terminal("a b " * 400, "--show", "none", "--max-new-tokens", 1)
+    assert code == 0 and screen.lines()[2].startswith("… ") and len(screen.lines()) < 10
 
 
 def test_a_copy_from_a_bucket_shows_progress(checkpoint, tmp_path, monkeypatch, at_once):
