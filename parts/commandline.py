@@ -260,8 +260,8 @@ def answer(
 ) -> list[int]:
     """Goes on from ids, of which the cache holds the first `cached`: text to stdout, all else to stderr.
 
-    prefill: that of parts/progress.py; go_on: the script's generate, with all its options. watched: forward
-    with breakpoints, if there are any. ready: compiles what so many positions need. Returns the new ids; all but
+    prefill: that of parts/progress.py; go_on: the script's generate, with its options. watched: forward with
+    breakpoints, if there are any. ready: compiles what so many positions need. Returns the new ids; all but
     the last of them are then in the cache.
     """
     weights, params, tokenizer = model
