@@ -477,8 +477,7 @@ def show_shapes(which: str, n_layers: int) -> Probe:
     def probe(name: str, dims: str, tensor: Tensor) -> Tensor:
         check_dims(sizes, name, dims, tensor)
         if which == "all" or name.startswith("layers.0.") or not name.startswith("layers."):
-            shape = " ".join(map(str, tensor.shape))
-            print(f"{name:<32} {dims:<8} {shape:<16} {str(tensor.dtype)[6:]}", file=sys.stderr)
+            print(f"{name:<32} {dims:<8} {tensor.dtype!s:<15}", *tensor.shape, file=sys.stderr)
         elif name == "layers.1.attention_norm":
             print(f"and the same in the other {n_layers - 1} layers", file=sys.stderr)
         return tensor
@@ -589,7 +588,8 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the text has gone
         os._exit(0)
     except (ValueError, OSError, MemoryError, RuntimeError) as problem:
-        print("error:", re.sub(r"[^\w\s!-~]|[^\S ]", "?", str(problem)[:999]), file=sys.stderr)
+        said = re.sub(r"^\[Errno \d+\] ", "", str(problem)[:999])
+        print("error:", re.sub(r"[^\w\s!-~]|[^\S ]", "?", said), file=sys.stderr)
         return 2
     return 0
 

@@ -8,6 +8,8 @@ several processes, one model · files: whole or not there · programs: how a pro
 one way: these import the script.
 """
 
+import errno
+import math
 import re
 from typing import Any
 
@@ -21,8 +23,36 @@ def processes() -> tuple[int, int]:
     return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
+def span(low: float, high: float) -> str:
+    """The words for a range, in plain numbers: from 0 to 1,000,000; 1 or more."""
+    least, most = (
+        f"{int(x):,}" if x == round(x) else f"{x:,.15g}" for x in (low, min(high, 2**63))
+    )
+    return f"{least} or more" if high == math.inf else f"from {least} to {most}"
+
+
+WORDS = {  # of the system's errors; others keep the system's words
+    errno.ENOENT: "no such file or folder",
+    errno.EACCES: "may not be read or written by this user",
+    errno.EPERM: "may not be read or written by this user",
+    errno.EISDIR: "a folder, where a file is expected",
+    errno.ENOTDIR: "a file, where a folder is expected",
+    errno.EROFS: "the disk can only be read",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ELOOP: "links that lead in a circle",
+}
+
+
+def reason(problem: object) -> str:
+    """Why the system could not do something, without its numbers and names."""
+    said = str(getattr(problem, "strerror", None) or problem)
+    return WORDS.get(getattr(problem, "errno", None) or 0, said)
+
+
 def first_line(problem: object) -> str:
-    """An error's first line, for an error of one line."""
+    """An error's first line, for an error of one line; of the system's errors the file and the reason."""
+    if isinstance(problem, OSError) and problem.errno is not None and problem.strerror:
+        return f"{problem.filename}: " * (problem.filename is not None) + reason(problem)
     lines = str(problem).strip().splitlines() or [type(problem).__name__]
     return lines[0][:150]
 

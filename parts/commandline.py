@@ -6,6 +6,7 @@ import importlib
 import itertools
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,25 +17,37 @@ import torch
 from torch import Tensor
 
 import llama3_from_scratch as llama
-from parts import batch, conversation, eager, for_screen, printable, vocabulary
+from parts import batch, conversation, eager, for_screen, printable, progress, span, vocabulary
 from parts.chat import prompt_ids
 from parts.inside import (
     LAYERS_SHOWN,
     check_finite,
     check_names,
     check_place,
-    in_the_last_chunk,
     not_finite,
     save_trace,
-    show_chosen,
 )
 from parts.programs import flags_of, run_program
+from parts.table import (
+    DIM,
+    folded,
+    likelihood,
+    painted,
+    plural,
+    rate,
+    shape_table,
+    wants_colour,
+    width_of,
+)
+
+Cost = tuple[float, float]  # seconds that compiling took, and of a step that is not compiled
+Ready = Callable[[int, int], Cost | None]  # of positions that are read, and of new tokens
 
 RANGES = {  # of flags: least and greatest value
     "max_new_tokens": (0, 10**9),
     "temperature": (0, 1000),
     "top_k": (0, 10**9),
-    "top_p": (1e-6, 1),
+    "top_p": (0, 1),
     "seed": (0, 2**63 - 1),
     "layers": (1, math.inf),
     "rope_scaling_factor": (1, 1000),
@@ -45,10 +58,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The flags. ValueError, in one line, for one that is wrong or that this machine cannot do."""
     about = llama.__doc__ or ""  # python -OO leaves it out
     _, _, examples = about.partition("\n\n    python")
+    examples = re.sub(r"(?m)(?<=\S) {3,}(?=\S)", "\n" + " " * 8, examples)  # for 80 columns
     parser = flags_of(
         prog="llama3_from_scratch.py",
         description=about.partition("\n")[0],
-        formatter_class=argparse.RawTextHelpFormatter,
         epilog=f"examples:\n    python{examples.partition(chr(10) * 2)[0]}" if examples else None,
     )
     add = parser.add_argument
@@ -81,7 +94,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--prompts",
         metavar="FILE",
-        help="many prompts at once, one a line (-: stdin), in JSON; no shapes",
+        help="many prompts at once, one a line (-: stdin); JSON lines, as they finish; no shapes",
     )
     add("--system", metavar="TEXT", help="with --chat: what the assistant is told first")
     add(
@@ -98,13 +111,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         type=float,
         help="0, the default: the likeliest token",
     )
-    add("--top-k", metavar="N", default=0, type=int, help="draw from the N likeliest tokens only")
+    add(
+        "--top-k",
+        metavar="N",
+        default=0,
+        type=int,
+        help="draw from the N likeliest tokens only (with a temperature)",
+    )
     add(
         "--top-p",
         metavar="P",
         default=1.0,
         type=float,
-        help="draw from the likeliest that together reach P",
+        help="draw from the likeliest that together reach P (with a temperature)",
     )
     add(
         "--seed",
@@ -155,13 +174,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="compute in this (default: the weights')",
     )
     add("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
+    add(
+        "--color",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="colours: auto, the default, on a terminal without NO_COLOR",
+    )
 
     args = parser.parse_args(argv)
     wrong = parser.error
     for flag, (low, high) in RANGES.items():
         value = getattr(args, flag)
         if value is not None and not low <= value <= high:
-            wrong(f"--{flag.replace('_', '-')} {value}: must be from {low} to {high}")
+            wrong(f"--{flag.replace('_', '-')} {value}: must be {span(low, high)}")
     if args.system is not None and not args.chat:
         wrong("--system needs --chat")
     if args.prompts is not None and (args.prompt is not None or args.break_at or args.save_trace):
@@ -214,15 +239,45 @@ def show_prompt(ids: list[int], cached: int, tokenizer: Any) -> None:
     pieces = [f"{token} {quoted(tokenizer, token)}" for token in ids[cached:][:64]]
     if len(ids) - cached > 64:
         pieces.append("…")
-    print(f"prompt of {len(ids)} tokens:", *pieces, sep="  ", file=sys.stderr)
+    pieces.insert(0, f"prompt of {plural(len(ids), 'token')}:")
+    print(folded(pieces, "  ", width_of(sys.stderr)), file=sys.stderr)
 
 
 def show_next(logits: Tensor, tokenizer: Any) -> None:
-    """The likeliest next tokens, from logits (1 1 V), on stderr."""
+    """The likeliest next tokens, from logits (1 1 V), on stderr: those that have half a thousandth."""
     logits = vocabulary.of_tokens(logits[:, -1], tokenizer)
     probs, ids = logits[0].softmax(-1).topk(min(5, logits.shape[-1]))
-    likely = [f"{quoted(tokenizer, n)} {p:.1%}" for n, p in zip(ids.tolist(), probs.tolist())]
-    print("next:", "  ".join(likely), file=sys.stderr)
+    pairs = [pair for pair in zip(ids.tolist(), probs.tolist()) if pair[1] >= 0.0005]
+    pairs = pairs or [(int(ids[0]), float(probs[0]))]  # of very many that are alike
+    likely = [f"{quoted(tokenizer, n)} {likelihood(p)}" for n, p in pairs]
+    likely[0] = f"next: {likely[0]}"
+    print(folded(likely, "  ", width_of(sys.stderr)), file=sys.stderr)
+
+
+def as_it_is(seen: int, new: int) -> Cost | None:
+    """`ready` of `answer` where nothing is compiled."""
+    return None
+
+
+def say_if_it_did_not_pay(cost: Cost, steps: int, spent: float) -> None:
+    """A line on stderr if so many compiled steps, in so many seconds, saved less than compiling took."""
+    seconds, plain = cost
+    saved = max(0.0, steps * plain - spent)
+    if saved < seconds:
+        gain = f"{saved:.1f} s" if saved >= 0.05 else "nothing"
+        print(f"[compiling took {seconds:.0f} s and saved {gain} in this run]", file=sys.stderr)
+
+
+def how_it_ended(
+    ids: list[int], new: list[int], params: llama.Params, stops: list[int], args: argparse.Namespace
+) -> str:
+    """Why a text has no more tokens than these, where the text does not say it itself."""
+    if new and new[-1] in stops:
+        hint = "" if args.chat else "; for a question try --chat"
+        return f"[the model ended at once{hint}]" if len(new) == 1 else ""
+    if len(ids) + len(new) == params["max_seq_len"]:
+        return f"[the context of {params['max_seq_len']:,} tokens is full]"
+    return f"[cut at --max-new-tokens {args.max_new_tokens}]" if new else ""
 
 
 def answer(
@@ -235,22 +290,23 @@ def answer(
     prefill: Callable[..., Tensor],
     watched: llama.Forward | None,
     go_on: Callable,
+    ready: Ready = as_it_is,
 ) -> list[int]:
     """Goes on from ids, of which the cache holds the first `cached`: text to stdout, all else to stderr.
 
-    prefill, go_on: the script's prefill and generate with all their options. watched: forward with
-    breakpoints, if there are any. Returns the new ids; all but the last of them are then in the cache.
+    prefill: that of parts/progress.py; go_on: the script's generate, with its options. watched: forward with
+    breakpoints, if there are any. ready: compiles what so many positions need. Returns the new ids; all but
+    the last of them are then in the cache.
     """
     weights, params, tokenizer = model
-    options = {} if watched is None else {"read": watched}  # breakpoints are in each chunk
+    colour = wants_colour(args.color, sys.stderr)
+    compiling = ready(len(ids), args.max_new_tokens)
     if args.show != "none":
         show_prompt(ids, cached, tokenizer)
-        shapes = show_chosen(args.show, params["n_layers"])
-        shown = functools.partial(watched or llama.forward, probe=shapes)
-        options["watched"] = in_the_last_chunk(shown, cached)
+        prefill = functools.partial(prefill, probe=shape_table(args.show, params, len(ids), colour))
     tokens = torch.tensor([ids[cached:]], device=args.device)
     started = time.perf_counter()
-    logits = prefill(tokens, weights, params, cache, cached, **options)
+    logits = prefill(tokens, weights, params, cache, cached, watched=watched)
     check_finite(logits, weights)  # this also waits for a GPU
     read = first = time.perf_counter()
     if args.show != "none":
@@ -258,6 +314,8 @@ def answer(
 
     if not args.chat and sys.stdout.isatty() and sys.stderr.isatty():
         prompt = for_screen(tokenizer.decode(ids[len(vars(tokenizer)["begin"]) :]), sys.stderr)
+        if len(prompt) > 1000:
+            prompt = f"… {prompt[-300:]}"
         print(prompt, end="", file=sys.stderr, flush=True)  # so that the text reads as one
     at = torch.tensor([len(ids)], device=args.device)
     steps = itertools.islice(go_on(logits, cache, at), args.max_new_tokens)
@@ -269,42 +327,60 @@ def answer(
     print("", end="\n" if new else "", flush=True)
     ended = time.perf_counter()
 
-    stopped = new and new[-1] in llama.stop_ids(tokenizer)
-    if len(ids) + len(new) == params["max_seq_len"] and not stopped:
-        print(f"[the context of {params['max_seq_len']:,} tokens is full]", file=sys.stderr)
-    elif new and not stopped:
-        print(f"[cut at --max-new-tokens {args.max_new_tokens}]", file=sys.stderr)
-    T = len(ids) - cached
+    why = how_it_ended(ids, new, params, llama.stop_ids(tokenizer), args)
+    if why:
+        print(why, file=sys.stderr)
+    T, later = len(ids) - cached, max(0, len(new) - 1)
     print(
-        f"prefill {T} tokens, {T / (read - started):.1f} tok/s; "
-        f"first token after {first - started:.3f} s; "
-        f"decode {len(new)} tokens, {max(0, len(new) - 1) / (ended - first):.1f} tok/s; "
-        f"peak memory {peak_memory(args.device) / 1e9:.2f} GB",
+        painted(
+            f"prefill {plural(T, 'token')}{rate(T, read - started)}; "
+            f"decode {plural(len(new), 'token')}{rate(later, ended - first)}; "
+            f"peak memory {peak_memory(args.device) / 1e9:.3g} GB",
+            DIM,
+            colour,
+        ),
         file=sys.stderr,
     )
+    if compiling is not None:
+        say_if_it_did_not_pay(compiling, later, ended - first)
     return new
 
 
-def given_prompts(args: argparse.Namespace) -> list[str] | None:
-    """The prompts that came with the command: its words, --prompts, or a pipe. None: a terminal."""
+def given_prompts(args: argparse.Namespace) -> dict[int, str] | None:
+    """The prompts that came with the command: its words, --prompts, or a pipe. None: a terminal.
+
+    With the number of each one's line, from 0 on. Of --prompts, lines without a prompt are left out.
+    """
     if args.prompt is not None:
-        return [args.prompt]
+        return {0: args.prompt}
     if args.prompts is None and sys.stdin.isatty():
         return None
     if args.prompts in (None, "-"):
         given = sys.stdin.buffer.read()
     else:
-        given = Path(args.prompts).read_bytes()
+        given = Path(args.prompts).expanduser().read_bytes()
     text = given.decode("utf-8-sig", "surrogateescape").rstrip("\r\n")
     if args.prompts is None:
-        return [text]
-    return [line.rstrip("\r") for line in text.split("\n")]
+        return {0: text}
+    lines = {n: line.rstrip("\r") for n, line in enumerate(text.split("\n"))}
+    prompts = {n: line for n, line in lines.items() if line.strip()}
+    empty = [str(n + 1) for n in lines if n not in prompts]
+    if not prompts:
+        raise ValueError(f"--prompts {args.prompts}: no prompt is in it; it takes one a line")
+    if empty:
+        listed = ", ".join(empty[:5]) + " …" * (len(empty) > 5)
+        note = f"--prompts: {plural(len(empty), 'empty line')} skipped (line {listed})"
+        print(note, file=sys.stderr)
+    return prompts
 
 
 def compiled_for(
-    model: llama.Model, args: argparse.Namespace, prompts: list[str] | None
-) -> tuple[llama.Forward, Callable[..., Tensor]]:
-    """A step, and prefill, compiled for --compile before any text is written: for these prompts, if given."""
+    model: llama.Model, args: argparse.Namespace, prompts: dict[int, str] | None
+) -> tuple[llama.Forward, Callable[..., Tensor], Ready]:
+    """A step, and prefill, compiled for --compile before any text is written: for these prompts, if given.
+
+    The third is `ready` of `answer`: it compiles what a conversation needs as it grows longer.
+    """
     from parts import compiled
 
     _, params, tokenizer = model
@@ -312,23 +388,55 @@ def compiled_for(
     lengths = [1]
     if prompts is not None:
         lengths = [len(ids) for ids in batch.ids_of(prompts, tokenizer, context, args)]
-    step, prefill = compiled.compiled_step(), llama.prefill
+    step, prefill = compiled.compiled_step(), progress.prefill
     rows = min(len(lengths), batch.MOST_ROWS)
     T = 0
     if args.device == "cuda":
         read = compiled.compiled_prompt()
-        prefill = functools.partial(llama.prefill, read=read, chunk=compiled.CHUNK)
+        prefill = functools.partial(progress.prefill, read=read, chunk=compiled.CHUNK)
         # A prompt that is looked at goes through the plain pass, but for the chunks before its last.
         looked_at = args.prompts is None and (args.show != "none" or args.break_at)
         if not looked_at or max(lengths) > compiled.CHUNK:
             T = max(2, min(max(lengths), 256))
+    took: Cost | None = None
+    far = max(lengths) + args.max_new_tokens
     if args.max_new_tokens > 1:
-        compiled.prepare(step, prefill, model, rows, max(lengths), T)
-    return step, prefill
+        took = compiled.prepare(step, prefill, model, rows, max(lengths), T, args.max_new_tokens)
+
+    def ready(seen: int, new: int) -> Cost | None:
+        nonlocal far
+        if far <= compiled.FAR < min(seen + new, context) and new > 1:
+            far = seen + new
+            compiled.prepare(step, prefill, model, 1, compiled.FAR, 0)
+        return took if prompts is not None else None
+
+    return step, prefill, ready
+
+
+def say_what_does_nothing(args: argparse.Namespace) -> None:
+    """A line on stderr for flags that have no effect beside the others."""
+    drawing = {
+        "--top-k": args.top_k > 0,
+        "--top-p": args.top_p < 1,
+        "--seed": args.seed is not None,
+    }
+    idle = [flag for flag, given in drawing.items() if given]
+    if idle and not args.temperature:
+        listed = " and ".join(", ".join(idle).rsplit(", ", 1))
+        does = "does" if len(idle) == 1 else "do"
+        print(
+            f"{listed} {does} nothing at temperature 0, the default; --temperature 0.8 draws",
+            file=sys.stderr,
+        )
+    if args.compile and args.max_new_tokens < 2:
+        print(
+            "--compile does nothing here: it is for the second new token and later", file=sys.stderr
+        )
 
 
 def run(args: argparse.Namespace) -> None:
     """What the flags ask for."""
+    say_what_does_nothing(args)
     prompts = given_prompts(args)
     if args.save_trace is not None:
         check_place(args.save_trace)
@@ -351,7 +459,8 @@ def run(args: argparse.Namespace) -> None:
         positions=positions,
     )
     check_globs(args, params["n_layers"])
-    eager.start_libraries(model)
+    with progress.progress("starting the libraries"):
+        eager.start_libraries(model)
     generator = torch.Generator(args.device).manual_seed(
         torch.seed() if args.seed is None else args.seed
     )
@@ -372,11 +481,16 @@ def run(args: argparse.Namespace) -> None:
             yield tokens
 
     step: llama.Forward = eager.one_token_step
-    prefill: Callable[..., Tensor] = eager.prefill
+    prefill: Callable[..., Tensor] = progress.prefill
+    ready: Ready = as_it_is
     if args.compile:
-        step, prefill = compiled_for(model, args, prompts)
+        step, prefill, ready = compiled_for(model, args, prompts)
     if prompts is not None and args.prompts is not None:
-        return batch.answer_all(prompts, model, args, choose, step, prefill)
+        cost = ready(0, 0)
+        steps, spent = batch.answer_all(prompts, model, args, choose, step, prefill)
+        if cost is not None:
+            say_if_it_did_not_pay(cost, steps, spent)
+        return
 
     watched = None
     if args.break_at:
@@ -384,7 +498,7 @@ def run(args: argparse.Namespace) -> None:
 
         watched = forward_with_breakpoints(llama.forward, args.break_at, params)
     how = functools.partial(
-        answer, model=model, args=args, prefill=prefill, watched=watched, go_on=told
+        answer, model=model, args=args, prefill=prefill, watched=watched, go_on=told, ready=ready
     )
     if prompts is None:
         return conversation.converse(model, args, answer=how)

@@ -6,26 +6,27 @@ for one token far into a text, and for a prompt, and the compiled step is record
 in place of hundreds. What is put in place of what stands in parts/rewritings.py.
 """
 
-import contextlib
 import functools
 import inspect
 import itertools
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.fx.experimental._config
 from torch import Tensor
 from torch._dynamo import mark_dynamic
+from torch._dynamo.utils import counters
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 import llama3_from_scratch as llama
 from parts import processes, rewritings
+from parts.eager import one_token_step
+from parts.progress import progress
 
 FAR = 4096  # positions from which on attention takes another form
 PIECE = 128  # positions: for a token far into a text, a GPU cuts the cache into such pieces
@@ -38,34 +39,6 @@ KEPT_BY_TEXT = {
     for name, function in vars(rewritings).items()
     if inspect.isfunction(function)
 }
-
-
-@contextlib.contextmanager
-def progress(what: str) -> Iterator[None]:
-    """A line on stderr that counts seconds while something takes long."""
-    started = time.perf_counter()
-    over = threading.Event()
-
-    def count() -> None:
-        while not over.wait(1):
-            print(
-                f"\r{what} … {time.perf_counter() - started:.0f} s",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    ticking = threading.Thread(target=count, daemon=True)
-    if sys.stderr.isatty():
-        ticking.start()
-    try:
-        yield
-    finally:
-        over.set()
-        if ticking.ident:
-            ticking.join()
-            print("\r", end="", file=sys.stderr)
-        print(f"{what}: {time.perf_counter() - started:.1f} s", file=sys.stderr)
 
 
 def rewritten(
@@ -121,20 +94,34 @@ def compiled_forward(
     return torch.compile(llama.forward, fullgraph=True, backend=backend)
 
 
-def first_call(words: str, run: Callable[[], Tensor]) -> Tensor:
+def first_call(what: str, run: Callable[[], Tensor]) -> Tensor:
     """What a compiled function gives when it is called for the first time, and compiled."""
-    with progress(words), warnings.catch_warnings():
+    known = counters["aot_autograd"]
+    before, started = dict(known), time.perf_counter()
+    with progress(f"compiling {what}"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*complex operators")  # the rotation stays PyTorch's own
         warnings.filterwarnings(
             "ignore", "(?s).*Online softmax"
         )  # a hint for who works on Inductor
         try:
-            return run()
+            logits = run()
         except InductorError as problem:
             if not isinstance(problem.inner_exception, InvalidCxxCompiler):
                 raise
             needed = "--compile needs a C++ compiler such as g++, and finds none"
             raise ValueError(needed) from None
+    seconds = f"{time.perf_counter() - started:.0f} s"
+
+    def did(key: str) -> bool:
+        return known[key] > before.get(key, 0)
+
+    said = f"compiled {what} in {seconds}"
+    if did("autograd_cache_hit"):
+        said = f"compiled {what} in an earlier run, ready again in {seconds}"
+    elif did("autograd_cache_saved"):
+        said += ", kept for next time"
+    print(said, file=sys.stderr)
+    return logits
 
 
 def compiled_step() -> llama.Forward:
@@ -177,11 +164,11 @@ def compiled_step() -> llama.Forward:
                 mark_dynamic(keys_or_values, 0)
         for rows in (tokens, positions, last) if many else ():
             mark_dynamic(rows, 0)
-        words = "compiling the step"
+        words = "the step"
         if many:
             words += " for several rows"
         if far:
-            words += " beyond 4,096 positions"
+            words += f" beyond {FAR:,} positions"
         return first_call(words, run)
 
     return step
@@ -250,7 +237,7 @@ def compiled_prompt() -> llama.Forward:
                 for dim in dims:
                     mark_dynamic(tensor, dim)
         run = functools.partial(codes[many], tokens, weights, params, whole, positions, last)
-        words = "compiling the prompt's pass"
+        words = "the prompt's pass"
         if many:
             words += " for several rows"
         # T and S are alike at first: that they are must not be compiled in.
@@ -271,19 +258,35 @@ def prepare(
     B: int,
     seen: int,
     T: int,
-) -> None:
+    new: int = 0,
+) -> tuple[float, float]:
     """Compiles before any text is written: a step of B rows behind `seen` positions, a prompt of T tokens.
 
-    T 0: no prompt.
+    T 0: no prompt. new: how many tokens may follow, perhaps past FAR. Returns the seconds that it took, and
+    those of a step that is not compiled.
     """
     weights, params, _ = model
     device = weights["norm.weight"].device
-    S = 512
+    sizes = [512]
     if seen >= FAR:
-        S = min(seen + 1, 4 * FAR)  # what is measured for that serves for all that are longer
-    cache = llama.make_cache(weights, params, B, S)
+        # What is measured for that serves for all that are longer.
+        sizes = [min(seen + 1, 4 * FAR)]
+    elif min(seen + new, params["max_seq_len"]) > FAR:
+        sizes.append(FAR + 1)
     tokens = torch.zeros((B, 1), dtype=torch.long, device=device)
+
+    def timed(one: llama.Forward, cache: llama.Cache) -> float:
+        started = time.perf_counter()
+        one(tokens, weights, params, cache, torch.zeros_like(tokens), tokens[:, 0]).sum().item()
+        return time.perf_counter() - started
+
     with torch.no_grad():
-        step(tokens, weights, params, cache, torch.zeros_like(tokens), tokens[:, 0])
-    if T > 1:
-        prefill(tokens.repeat(1, T), weights, params, llama.make_cache(weights, params, B))
+        seconds = sum(timed(step, llama.make_cache(weights, params, B, S)) for S in sizes)
+        cache = llama.make_cache(weights, params, B, sizes[0])
+        plain = min(timed(one_token_step, cache) for _ in range(2))
+        if T > 1:
+            started = time.perf_counter()
+            cache = llama.make_cache(weights, params, B)
+            prefill(tokens.repeat(1, T), weights, params, cache).sum().item()
+            seconds += time.perf_counter() - started
+    return seconds, plain

@@ -68,7 +68,7 @@ def prefill(
     **options: Any,
 ) -> Tensor:
     """The script's prefill, which on a GPU reads as many tokens at once as its free memory allows."""
-    if not tokens.is_cuda:
+    if not tokens.is_cuda or "chunk" in options:
         return llama.prefill(tokens, weights, params, cache, start, **options)
     reserved = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # PyTorch's, and free
     free = torch.cuda.mem_get_info()[0] + reserved

@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import torch
@@ -58,7 +57,7 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], about: dict[str, 
         with written_whole(target) as part:
             safetensors.serialize_file(held, part, metadata=about)
     except (OSError, safetensors.SafetensorError) as problem:
-        raise ValueError(f"{path}: cannot be written ({problem})") from None
+        raise ValueError(f"{path}: cannot be written ({first_line(problem)})") from None
 
 
 def place_of(path: str | Path) -> Path:
@@ -166,18 +165,6 @@ def compose(*probes: llama.Probe) -> llama.Probe:
     return probe
 
 
-def show_chosen(which: str, n_layers: int) -> llama.Probe:
-    """The script's show_shapes; which may also be a glob of names."""
-    if which in LAYERS_SHOWN:
-        return llama.show_shapes(which, n_layers)
-    shapes = llama.show_shapes("all", n_layers)
-
-    def probe(name: str, dims: str, tensor: Tensor) -> Tensor:
-        return shapes(name, dims, tensor) if chosen(name, which) else tensor
-
-    return probe
-
-
 def tokens_at(positions: Tensor) -> str:
     """Which tokens stand at positions (B T), in words."""
     return f"tokens {int(positions.min())} to {int(positions.max())}"
@@ -188,17 +175,6 @@ def say_chunk(positions: Tensor, start: int) -> None:
     if int(positions.min()) > start:
         which = tokens_at(positions)
         print(f"read in chunks; these are the shapes of the last, {which}", file=sys.stderr)
-
-
-def in_the_last_chunk(forward: llama.Forward, start: int) -> llama.Forward:
-    """forward, for the last chunk of a prompt from position start on; it says which tokens that is."""
-
-    def told(tokens: Tensor, weights: llama.Weights, params: llama.Params, *rest: Any) -> Tensor:
-        _, positions, _ = rest
-        say_chunk(positions, start)
-        return forward(tokens, weights, params, *rest)
-
-    return told
 
 
 def say_stop(name: str, dims: str, tensor: object, n_layers: int = 0, *more: str) -> None:

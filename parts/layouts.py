@@ -26,7 +26,7 @@ from torch import Tensor
 
 import llama3_from_scratch as llama
 from llama3_from_scratch import Params, Weights
-from parts import archives, config, eager, first_line, printable, processes
+from parts import archives, config, eager, first_line, printable, processes, span
 from parts.naming import (
     ADAPTER,
     HUGGING_FACE,
@@ -38,7 +38,9 @@ from parts.naming import (
     rows_in_pairs,
     unwrapped,
 )
+from parts.progress import progress
 from parts.remote import local_copy
+from parts.table import folded, many, plural, size, width_of
 
 Convert = Callable[[str, Tensor], Tensor]  # what another layout does to a tensor of this name
 Shards = dict[str, Weights]  # tensors by Meta's names, by file
@@ -164,7 +166,7 @@ def check_params(given: Params, source: object, names: dict[str, str] | None = N
             raise ValueError(
                 f"{source}: {(names or {}).get(key, key)} is "
                 f"{'missing' if value is None else repr(value)[:40]}, "
-                f"expected a {'whole ' * (kind is int)}number from {low:g} to {high:g}"
+                f"expected a {'whole ' * (kind is int)}number {span(low, high)}"
             )
     params = llama.fill_params(given, source)
     H, K, E = params["n_heads"], params["n_kv_heads"], params["head_dim"]
@@ -336,14 +338,19 @@ def release(params: Params) -> str | None:
     return None
 
 
+def named_by_size(params: Params) -> str:
+    """Which release this looks like, or its dim."""
+    return release(params) or f"dim {params['dim']}"
+
+
 def understood(params: Params, shards: Shards) -> str:
-    """Words for the report: which release this looks like, how RoPE is scaled and why, duplicated heads."""
-    name, scaled = release(params), params["use_scaled_rope"]
-    words = [name or f"no release's size (dim {params['dim']})", "RoPE scaling off"]
-    if scaled:
+    """Words for the report: how RoPE is scaled and why, duplicated heads."""
+    name = release(params)
+    words = ["RoPE scaling off"]
+    if params["use_scaled_rope"]:
         why = f"{name}, dim {params['dim']}" if "3.2" in (name or "") else "as in Meta's code"
         why = params.get("rope_scaling_from", why)
-        words[1] = f"RoPE scaling {params['rope_scaling_factor']:g} ({why})"
+        words[0] = f"RoPE scaling {params['rope_scaling_factor']:g} ({why})"
     K = params["n_kv_heads"]
     # 405B's 16 shards each hold one of 8 heads, so each head stands there twice.
     if K > 8 and K % 2 == 0:
@@ -753,6 +760,14 @@ def downloaded(name: str) -> Path | None:
     return folder
 
 
+def short(path: str | Path) -> str:
+    """A path as a user typed it; of the default, which nobody typed, as short as it can be from here."""
+    if str(path) != str(llama.TINY):
+        return str(path)
+    here = os.path.relpath(llama.TINY)
+    return str(path) if here.startswith(os.pardir) else here
+
+
 def open_checkpoint(
     path: str | Path, rope_scaling_factor: float | None = None, cache_dir: str | None = None
 ) -> Opened:
@@ -831,9 +846,11 @@ def load_model(
     the weights take more memory than is free, ValueError, unless force.
     """
     started = time.perf_counter()
-    params, shards, tokenizer, convert, words = open_checkpoint(
-        path, rope_scaling_factor, cache_dir
-    )
+    where = printable(short(path))
+    with progress(f"opening {where}"):
+        params, shards, tokenizer, convert, words = open_checkpoint(
+            path, rope_scaling_factor, cache_dir
+        )
     of = params["n_layers"]
     if not 0 < (n_layers or of) <= of:
         raise ValueError(f"{path} has {of} layers, {n_layers} are asked for")
@@ -860,19 +877,30 @@ def load_model(
 
     def join(name: str, slices: list[Tensor]) -> Tensor:
         w = llama.joined(name, slices)
-        return convert(name, w) if convert else w
+        w = convert(name, w) if convert else w
+        advance(w.nbytes)
+        return w
 
-    if N > 1:
-        weights = parallel.load_share(shards, own, device, dtype, convert)
-    else:
-        weights = llama.load_weights(shards, params, device, dtype, join)
+    total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+    with progress(f"reading {where}", total if N == 1 else 0, "B") as advance:
+        if N > 1:
+            weights = parallel.load_share(shards, own, device, dtype, convert)
+        else:
+            weights = llama.load_weights(shards, params, device, dtype, join)
     eager.keep_freed_memory()
     if not quiet:
-        where, words = printable(path), printable(words)  # of file names
-        print(
-            f"{where}: {words}, {n_layers or of} of {of} layers, {count / 1e6:,.1f} M parameters, "
-            f"{str(dtype).removeprefix('torch.')}, head {'' if tied else 'not '}tied, "
-            f"{count * dtype.itemsize / 1e9:.3g} GB on {device}, {time.perf_counter() - started:.1f} s",
-            file=sys.stderr,
-        )
+        layers = f"{n_layers} of {of} layers" if n_layers not in (None, of) else plural(of, "layer")
+        bytes_of = f"{size(count * dtype.itemsize)} of {str(dtype).removeprefix('torch.')}"
+        what = [
+            named_by_size(params),
+            layers,
+            f"{many(count)} parameters",
+            bytes_of,
+        ]
+        what[0] = f"{where}: {what[0]}"
+        how = printable(words).split(", ")  # of file names
+        how += ["tied head" if tied else "own head", device]
+        how += [f"{time.perf_counter() - started:.1f} s"]
+        for line in (what, how):
+            print(folded(line, ", ", width_of(sys.stderr)), file=sys.stderr)
     return weights, own, tokenizer

@@ -3,12 +3,14 @@
 import argparse
 import bdb
 import contextlib
+import difflib
 import errno
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from parts import first_line, printable
@@ -23,7 +25,11 @@ def flags_of(**options: Any) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(allow_abbrev=False, **options)
 
     def wrong(message: str) -> NoReturn:
-        raise ValueError(f"{message} (--help shows what there is)")
+        hint = "--help shows what there is"
+        unknown = re.match(r"unrecognized arguments: .*?(--?\w[\w-]*)", message)
+        if unknown and (near := nearest(unknown[1], parser._option_string_actions)):
+            hint = f"is {near} meant?"
+        raise ValueError(f"{message} ({hint})")
 
     def show_help(file: Any = None) -> None:
         print(parser.format_help(), end="", file=file, flush=True)  # argparse's hides a full disk
@@ -31,6 +37,13 @@ def flags_of(**options: Any) -> argparse.ArgumentParser:
     parser.error = wrong  # type: ignore
     parser.print_help = show_help  # type: ignore
     return parser
+
+
+def nearest(typed: str, words: Iterable[str]) -> str | None:
+    """The word that somebody meant who typed another one: one that it begins, or that is nearly it."""
+    known = sorted(words)
+    begun = [word for word in known if len(typed) > 2 and word.startswith(typed)]
+    return next(iter(begun or difflib.get_close_matches(typed, known, 1)), None)
 
 
 def say_error(problem: object) -> None:

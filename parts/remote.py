@@ -12,6 +12,8 @@ import blobfile
 
 from parts import first_line, printable, processes
 from parts.files import hash_of, local_path, locked, read_marks, state, write_marks, written_whole
+from parts.progress import progress, set_aside
+from parts.table import size
 
 CHECKPOINT_FILE = re.compile(
     r"(.*/)?(consolidated\.\d+\.pth|params\.json|tokenizer\.model|tokenizer\.json|config\.json"
@@ -37,7 +39,7 @@ def remote_files(url: str) -> dict[str, Any]:
 
 
 def copy_file(
-    url: str, target: Path, stat: Any, progress: Callable[[int], None] = lambda copied: None
+    url: str, target: Path, stat: Any, advance: Callable[[float], None] = lambda copied: None
 ) -> dict[str, Any]:
     """Copies one file; it is there when it is whole, and what the store says that it is (stat).
 
@@ -50,7 +52,7 @@ def copy_file(
             while block := source.read(2**22):
                 copy.write(block)
                 digest.update(block)
-                progress(copy.tell())
+                advance(len(block))
                 if copy.tell() > stat.size:
                     break
             copy.flush()
@@ -89,7 +91,6 @@ def copy_missing(url: str, folder: Path, alone: bool) -> None:
     where = url
     try:
         stats = remote_files(url)
-        total, done = sum(stat.size for stat in stats.values()), 0
         for old in [*folder.rglob("*.copied"), *folder.rglob("*.copied.json")]:
             name = re.sub(r"\.copied(\.json)?$", "", old.relative_to(folder).as_posix())
             if name not in stats:
@@ -100,26 +101,26 @@ def copy_missing(url: str, folder: Path, alone: bool) -> None:
         ):  # of a run that was killed; who holds the lock is alone
             if alone:
                 left.unlink(missing_ok=True)
-        for name, stat in stats.items():
-            target, marks = folder / name, folder / f"{name}.copied.json"
-            where = f"{url}/{name}"
-            mark = read_marks(marks)
-            if is_whole(target, stat, mark):
-                mark |= {"store": announced(stat), "local": state(target)}
-                mark["md5"] = mark.get("md5") or stat.md5
-            else:
-
-                def progress(copied: int, done: int = done) -> None:
-                    part = (done + copied) / max(1, total)
-                    bar = f"[{'#' * int(30 * part):30}] {part:4.0%} of {total / 1e9:.2f} GB"
-                    print(f"\r{printable(url, 200)} {bar}", end="", file=sys.stderr)
-
-                mark = copy_file(where, target, stat, progress)
-                print(file=sys.stderr)
-            if read_marks(marks) != mark:
-                write_marks(marks, mark)
-            (folder / f"{name}.copied").unlink(missing_ok=True)  # an older version's
-            done += stat.size
+        total = sum(stat.size for stat in stats.values())
+        came = 0
+        with progress(f"copying {url}", total, "B") as advance:
+            for name, stat in stats.items():
+                target, marks = folder / name, folder / f"{name}.copied.json"
+                where = f"{url}/{name}"
+                mark = read_marks(marks)
+                if is_whole(target, stat, mark):
+                    mark |= {"store": announced(stat), "local": state(target)}
+                    mark["md5"] = mark.get("md5") or stat.md5
+                    advance(stat.size)
+                else:
+                    mark = copy_file(where, target, stat, advance)
+                    came += stat.size
+                if read_marks(marks) != mark:
+                    write_marks(marks, mark)
+                (folder / f"{name}.copied").unlink(missing_ok=True)  # an older version's
+        if came:
+            with set_aside():
+                print(f"{printable(url, 200)}: {size(came)} copied to {folder}", file=sys.stderr)
     except Exception as problem:  # each cloud has its own
         raise ValueError(
             f"{where}: not copied ({first_line(problem)}); what is whole is kept"
@@ -162,4 +163,4 @@ def local_copy(path: str | Path, cache_dir: str | None) -> Path:
 
         return parallel.one_after_the_other(lambda: cached_copy(str(path), cache_dir))
     except OSError as problem:
-        raise ValueError(f"{path}: no room for a copy of it ({problem})") from None
+        raise ValueError(f"{path}: no room for a copy of it ({first_line(problem)})") from None

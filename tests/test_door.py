@@ -304,19 +304,24 @@ def test_the_script_copied_out_alone_still_reads_metas_layout(checkpoint, tmp_pa
     assert run.returncode == 0, run.stderr
     assert "Meta layout, 2 shards, RoPE scaling 5\n" in run.stderr
     assert "and the same in the other 2 layers" in run.stderr
-    assert "layers.0.attention.scores        B H T S  1 8 3 3" in run.stderr
+    assert "layers.0.attention.scores        B H T S  torch.bfloat16  1 8 3 3\n" in run.stderr
     (folder / "consolidated.00.pth").unlink()
     run = subprocess.run(
         command, cwd=tmp_path / "alone", capture_output=True, text=True, env={"PATH": ""}
     )
     assert run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+    (folder / "params.json").unlink()
+    run = subprocess.run(
+        command, cwd=tmp_path / "alone", capture_output=True, text=True, env={"PATH": ""}
+    )
+    assert run.stderr == f"error: No such file or directory: '{folder}/params.json'\n"
 
 
 @pytest.mark.parametrize(
     "changes, says",
     [
-        ({"dim": 4096, "n_layers": 32, "rope_theta": 1e6}, "no release's size (dim 4096)"),
-        ({"dim": 4096, "n_layers": 32, "vocab_size": 32768}, "no release's size (dim 4096)"),
+        ({"dim": 4096, "n_layers": 32, "rope_theta": 1e6}, "dim 4096, "),
+        ({"dim": 4096, "n_layers": 32, "vocab_size": 32768}, "dim 4096, "),
         ({"dim": 2048, "n_layers": 16}, "Llama 3.2 1B, RoPE scaling 32 (Llama 3.2 1B, dim 2048)"),
         ({"dim": 3072, "n_layers": 28}, "Llama 3.2 3B, RoPE scaling 32"),
         ({"dim": 4096, "n_layers": 32}, "Llama 3.1 8B, RoPE scaling 8 (as in Meta's code)"),
@@ -338,7 +343,8 @@ def test_the_script_copied_out_alone_still_reads_metas_layout(checkpoint, tmp_pa
 def test_guesses_the_release(tmp_path, changes, says):
     params = full_params(tmp_path, **{"vocab_size": 128256} | changes)
     wk = torch.zeros(1).expand(2 * params["head_dim"], params["dim"])
-    assert says in layouts.understood(params, {"x": {"layers.0.attention.wk.weight": wk}})
+    how = layouts.understood(params, {"x": {"layers.0.attention.wk.weight": wk}})
+    assert says in f"{layouts.named_by_size(params)}, {how}"
 
 
 def test_rope_scaling_factor_is_said_and_overridden(checkpoint, script):
@@ -467,7 +473,9 @@ def test_remote_folders_are_copied_once(bucket, checkpoint, tmp_path, capsys):
         "params.json",
         "tokenizer.model",
     ]
-    assert re.search(r"gs://bucket/llama \[#+ *\] +\d+% of [\d.]+ GB", capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert re.search(r"^gs://bucket/llama: [\d.]+ [kM]B copied to .*$", said, re.M)
+    assert "\r" not in said and said.count("B copied to ") == 1
     bucket.clear()
     llama.load_model("gs://bucket/llama/", cache_dir=cache)
     assert bucket == []

@@ -661,7 +661,7 @@ def test_from_a_file_to_a_text(small, script):
     path, params, expected = small("Q8_0", sizes=WIDE)
     run = script("in the", "--weights", path, "--dtype", "float32", "--max-new-tokens", 1)
     assert run.returncode == 0 and "GGUF, 1 file, Q8_0, " in run.stderr, run.stderr
-    ids = [int(word) for word in re.findall(r"  (\d+) '", run.stderr.splitlines()[1])]
+    ids = [int(word) for word in re.findall(r"  (\d+) '", run.stderr.splitlines()[2])]
     logits = llama.forward(torch.tensor([ids]), expected, params)[0, -1]
     assert (
         ids[0] == 1
