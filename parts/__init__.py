@@ -8,6 +8,7 @@ several processes, one model · files: whole or not there · programs: how a pro
 one way: these import the script.
 """
 
+import os
 import re
 from typing import Any
 
@@ -51,3 +52,9 @@ def for_screen(text: str, stream: Any) -> str:
     if not stream.isatty():
         return text
     return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def dim(text: str, stream: Any) -> str:
+    """A text in a fainter colour, for a stream that is a terminal; unless NO_COLOR is set (no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") in (None, "dumb")
+    return text if plain or not stream.isatty() else f"\x1b[2m{text}\x1b[22m"

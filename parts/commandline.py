@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import llama3_from_scratch as llama
-from parts import batch, conversation, for_screen, printable, vocabulary
+from parts import batch, conversation, dim, for_screen, printable, vocabulary
 from parts.chat import prompt_ids
 from parts.eager import one_token_step, read_back, start_libraries
 from parts.inside import check_finite, not_finite
@@ -107,8 +107,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--show",
         choices=("all", "first", "none"),
-        default="first",
-        help="shapes of which layers (first)",
+        help="shapes of which layers (first; with --chat none)",
+    )
+    add(
+        "--stats",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the line with speed and memory",
     )
     add(
         "--save-trace",
@@ -145,6 +150,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         wrong("--system needs --chat")
     if args.prompts is not None and (args.prompt is not None or args.break_at or args.save_trace):
         wrong("--prompts goes without a prompt, --break-at and --save-trace")
+    args.show_asked = args.show is not None
+    args.show = args.show or ("none" if args.chat else "first")
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -234,16 +241,17 @@ def answer(
     stopped = new and new[-1] in llama.stop_ids(tokenizer)
     if len(ids) + len(new) == params["max_seq_len"] and not stopped:
         print(f"[the context of {params['max_seq_len']:,} tokens is full]", file=sys.stderr)
-    elif new and not stopped:
+    elif new and len(new) == args.max_new_tokens and not stopped:  # else Ctrl-C has stopped it
         print(f"[cut at --max-new-tokens {args.max_new_tokens}]", file=sys.stderr)
     T = len(ids) - cached
-    print(
+    statistics = (
         f"prefill {T} tokens, {T / (read - started):.1f} tok/s; "
         f"first token after {first - started:.3f} s; "
         f"decode {len(new)} tokens, {max(0, len(new) - 1) / (ended - first):.1f} tok/s; "
-        f"peak memory {peak_memory(args.device) / 1e9:.2f} GB",
-        file=sys.stderr,
+        f"peak memory {peak_memory(args.device) / 1e9:.2f} GB"
     )
+    if args.stats:
+        print(dim(statistics, sys.stderr), file=sys.stderr)
     return new
 
 
@@ -346,12 +354,12 @@ def run(args: argparse.Namespace) -> None:
         answer, model=model, args=args, prefill=prefill, watched=watched, go_on=told
     )
     if prompts is None:
-        return conversation.converse(model, args, answer=how)
+        return conversation.converse(model, args, how, told)
     ids = prompt_ids(prompts[0], tokenizer, params["max_seq_len"], args.chat, args.system)
     if args.save_trace is not None:
         from parts.inside import save_trace
 
-        about = {"prompt": prompts[0], "weights": args.weights}
+        about = {"prompt": prompts[0], "weights": printable(args.weights)}
         save_trace(args.save_trace, torch.tensor([ids], device=args.device), model, about)
     how(ids, llama.make_cache(weights, params, 1), 0)
 
