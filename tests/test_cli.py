@@ -296,6 +296,7 @@ class Terminal:
                 self.seen += os.read(self.fd, 4096).decode(errors="replace").replace("\r\n", "\n")
             except OSError:
                 break
+            self.seen = re.sub("\x1b\\[\\?2004(h|l\r)", "", self.seen)  # readline's, around a line
         seen, self.seen = self.seen, ""
         return seen
 
