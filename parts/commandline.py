@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +18,9 @@ import llama3_from_scratch as llama
 from parts import batch, conversation, dim, for_screen, printable, vocabulary
 from parts.chat import prompt_ids
 from parts.eager import one_token_step, read_back, start_libraries
+from parts.files import read_input
 from parts.inside import check_finite, not_finite
-from parts.programs import flags_of, run_program
+from parts.programs import as_utf8, flags_of, run_program
 
 RANGES = {  # of flags: least and greatest value
     "max_new_tokens": (0, 10**9),
@@ -141,6 +141,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
 
     args = parser.parse_args(argv)
+    args.prompt, args.system = as_utf8(args.prompt), as_utf8(args.system)
     wrong = parser.error
     for flag, (low, high) in RANGES.items():
         value = getattr(args, flag)
@@ -264,7 +265,7 @@ def given_prompts(args: argparse.Namespace) -> list[str] | None:
     if args.prompts in (None, "-"):
         given = sys.stdin.buffer.read()
     else:
-        given = Path(args.prompts).read_bytes()
+        given = read_input(args.prompts)
     text = given.decode("utf-8-sig", "surrogateescape").rstrip("\r\n")
     if args.prompts is None:
         return [text]

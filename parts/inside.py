@@ -14,7 +14,7 @@ from torch import Tensor
 
 import llama3_from_scratch as llama
 from parts import first_line, printable, processes, vocabulary
-from parts.files import written_whole
+from parts.files import openable, written_whole
 
 
 def not_finite(weights: llama.Weights) -> ValueError:
@@ -153,7 +153,7 @@ def forward_with_breakpoints(
 def is_trace(path: Path) -> bool:
     """Is this a file that save_trace wrote?"""
     try:
-        with safetensors.safe_open(path, "pt") as file:
+        with openable(path) as name, safetensors.safe_open(name, "pt") as file:
             return {"prompt", "params"} <= (file.metadata() or {}).keys()
     except (OSError, safetensors.SafetensorError):
         return False

@@ -61,6 +61,16 @@ def told_to_end(number: int, frame: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
+def end_at_once(process: Any) -> None:
+    """Ends a process that was started in a session of its own, with all that it has started: compilers."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    else:  # Windows
+        process.kill()
+    process.wait()
+
+
 @contextlib.contextmanager
 def signals() -> Any:
     """During a with block Ctrl-C raises KeyboardInterrupt, SIGTERM and SIGHUP raise SystemExit."""
@@ -80,6 +90,25 @@ def signals() -> Any:
                 signal.signal(number, handler)
 
 
+def write_utf8() -> None:
+    """To a file or a pipe UTF-8 is written, whatever the locale says; a terminal shows what it can."""
+    for stream in (sys.stdout, sys.stderr):
+        if not hasattr(stream, "reconfigure"):  # a notebook's
+            continue
+        if stream.isatty():
+            stream.reconfigure(errors="replace")
+        else:
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def as_utf8(text: str | None) -> str | None:
+    """An argument as the UTF-8 that its bytes are, though the locale says something else."""
+    try:
+        return text and os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        return text
+
+
 def run_program(work: Callable[[], int | None], stopped: str = "") -> int:
     """Runs a program's work and returns its exit code; however it ends, it says one line at most.
 
@@ -88,8 +117,7 @@ def run_program(work: Callable[[], int | None], stopped: str = "") -> int:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by who started us
             setattr(sys, name, open(os.devnull, mode))
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
-        sys.stdout.reconfigure(errors="replace")  # of a terminal that cannot show every letter
+    write_utf8()
     code = 0
     try:
         with signals():
