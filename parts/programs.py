@@ -134,10 +134,23 @@ def run_program(work: Callable[[], int | None], stopped: str = "") -> int:
     return code
 
 
+def behind(problem: BaseException | None) -> BaseException | None:
+    """The KeyboardInterrupt or SystemExit that an error came of, if one did: in torch.save, for one."""
+    while problem is not None and not isinstance(problem, (KeyboardInterrupt, SystemExit)):
+        problem = problem.__context__
+    return problem
+
+
 def ended(work: Callable[[], int | None], stopped: str) -> int:
     """The exit code of work(), whatever it raises; only a mistake of ours is raised on."""
     try:
-        return work() or 0
+        try:
+            return work() or 0
+        except Exception as problem:
+            stop = behind(problem)
+            if stop is None:
+                raise
+            raise stop from None
     except KeyboardInterrupt:
         if stopped:
             with contextlib.suppress(OSError):
