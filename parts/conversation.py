@@ -11,6 +11,7 @@ import importlib
 import itertools
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -83,8 +84,14 @@ def line_editor() -> Any:
         return None
     sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore  # as plain_line
     if "libedit" not in (readline.__doc__ or ""):
-        settings = ("input-meta on", "output-meta on", "convert-meta off")  # letters of all kinds
-        for setting in (*settings, "enable-bracketed-paste on"):
+        settings: tuple[str, ...] = (
+            "input-meta on",
+            "output-meta on",
+            "convert-meta off",
+        )  # letters of all kinds
+        if os.environ.get("TERM") != "dumb":
+            settings = (*settings, "enable-bracketed-paste on")
+        for setting in settings:
             readline.parse_and_bind(f"set {setting}")
         readline.parse_and_bind(r'"\C-d": accept-line')  # at the start of a line it still ends
     return readline
@@ -240,7 +247,12 @@ def save(given: str, talk: dict[str, Any], args: argparse.Namespace, read: Read)
         if N > 1:  # the others do not see the file, and would not know of the question
             raise ValueError(f"{path}: there is something else; /save takes another name")
         words = f"{printable(path)} is no conversation of this program; write over it? [y/N] "
-        if (read(words) or "").strip().lower() not in ("y", "yes"):
+        try:
+            said = read(words)
+        except KeyboardInterrupt:  # a way to say no
+            print(file=sys.stderr)
+            said = None
+        if (said or "").strip().lower() not in ("y", "yes"):
             print("[nothing was written]", file=sys.stderr)
             return
     if rank == 0:

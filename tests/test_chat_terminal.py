@@ -157,9 +157,10 @@ def talk(script, monkeypatch, typed, at_step=(), at_prefill=(), **flags):
     def counted(kind, at, work):
         def run(*given, **more):
             count[kind] += 1
+            result = work(*given, **more)
             if count[kind] in at:
                 os.kill(os.getpid(), signal.SIGINT)
-            return work(*given, **more)
+            return result
 
         return run
 
@@ -200,6 +201,13 @@ def test_a_stopped_answer_stays_and_the_next_one_is_that_of_a_fresh_pass(script,
             assert relative_error(x[:, :, : len(ids)], y) < 1e-5
 
 
+def test_a_question_that_was_taken_back_leaves_nothing_in_the_cache(script, monkeypatch):
+    typed = "Tell me a story.\n/reset\nMy name is Ada, and yours?\nTell me a story.\n"
+    result, turns = talk(script, monkeypatch, typed, at_prefill=[2])
+    assert result.stderr.count("the question is taken back") == 1 and len(turns) == 2
+    assert turns[0][:2] == turns[1][:2]
+
+
 def test_the_second_ctrl_c_in_an_answer_ends(script, monkeypatch):
     result, turns = talk(script, monkeypatch, "Tell me a story.\nHi\n", at_step=[6, 7])
     # the first one ends the answer before there is a second step: what comes then is the next turn's
@@ -228,7 +236,7 @@ def test_show_in_a_conversation_is_asked_for(script):
         ("/rset", "is it /reset?"),
         ("/reset now", "stands alone"),
         ("/save", "ends in .md or .json"),
-        ("/save /nowhere/x.md", "/nowhere/x.md: cannot be written (No such file or directory)"),
+        ("/save /nowhere/x.md", "/nowhere/x.md: there is no folder /nowhere"),
         ("/save /dev/null", "ends in .md or .json"),
     ],
 )
@@ -262,6 +270,12 @@ def test_what_save_writes(tmp_path):
         before = path.read_bytes()
         conversation.save(str(path), state, args, answering("n"))
         assert path.read_bytes() == before and len(asked) == 1 and "\n" not in asked.pop()
+
+    def interrupted(words):
+        raise KeyboardInterrupt
+
+    conversation.save(str(path), state, args, interrupted)
+    assert path.read_bytes() == before
     conversation.save(str(path), state, args, answering("y"))
     assert path.read_text(encoding="utf-8") == text
     conversation.save(str(tmp_path / "c.json"), state, args, answering("n"))
