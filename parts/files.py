@@ -45,7 +45,7 @@ def read_text(path: Path) -> str:
 
 @contextlib.contextmanager
 def openable(path: Path) -> Iterator[Path]:
-    """A name of a file or folder during a with block, for libraries that want names to be UTF-8: a link."""
+    """A name of a file during a with block, for libraries that want names to be UTF-8: a link."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -93,14 +93,12 @@ def written_whole(target: Path) -> Iterator[Path]:
     if target.is_symlink():
         target = target.resolve()
     check_target(target)
-    name = target.name[:50].encode("utf-8", "ignore").decode()
-    part = target.with_name(f".{name}.{secrets.token_hex(6)}.part")
+    part = target.with_name(f".{target.name[:50]}.{secrets.token_hex(6)}.part")
     part.open("xb").close()  # "x": nobody else's
     UNFINISHED.add(part)
     mode = part.stat().st_mode  # some writers leave a file that only its owner can read
     try:
-        with openable(part.parent) as folder:
-            yield folder / part.name
+        yield part
         part.chmod(mode)
         part.replace(target)
     except OSError as problem:
