@@ -190,7 +190,7 @@ def make_tokenizer(ranks: dict[bytes, int], source: object) -> tiktoken.Encoding
 def load_tokenizer(path: str | Path) -> tiktoken.Encoding:
     """The tokenizer of a tokenizer.model, whose lines are "base64 rank"."""
     with blobfile.BlobFile(str(path), "rb") as file:  # tiktoken's own loader caches by path alone
-        lines = file.read().splitlines()
+        lines = file.read().removeprefix(codecs.BOM_UTF8).splitlines()
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(lines, 1):
         try:
@@ -503,7 +503,7 @@ def load_model(
     folder = Path(path).expanduser()
     sizes = folder / "params.json"
     try:
-        given = dict(json.loads(sizes.read_text(encoding="utf-8")))
+        given = dict(json.loads(sizes.read_text(encoding="utf-8-sig")))
     except (TypeError, ValueError, RecursionError) as problem:
         raise ValueError(f"{sizes}: not a JSON object ({problem})") from None
     params = fill_params(given, sizes)

@@ -52,7 +52,8 @@ def reason(problem: object) -> str:
 def first_line(problem: object) -> str:
     """An error's first line, for an error of one line; of the system's errors the file and the reason."""
     if isinstance(problem, OSError) and problem.errno is not None and problem.strerror:
-        return f"{problem.filename}: " * (problem.filename is not None) + reason(problem)
+        named = problem.filename is not None
+        return f"{problem.filename}: {reason(problem)}" if named else reason(problem)
     lines = str(problem).strip().splitlines() or [type(problem).__name__]
     return lines[0][:150]
 

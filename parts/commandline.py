@@ -10,7 +10,6 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,17 +18,18 @@ from torch import Tensor
 import llama3_from_scratch as llama
 from parts import batch, conversation, eager, for_screen, printable, progress, span, vocabulary
 from parts.chat import prompt_ids
+from parts.files import read_input
 from parts.inside import (
-    LAYERS_SHOWN,
     check_finite,
     check_names,
     check_place,
     not_finite,
     save_trace,
 )
-from parts.programs import flags_of, run_program
+from parts.programs import as_utf8, flags_of, run_program
 from parts.table import (
     DIM,
+    LAYERS_SHOWN,
     folded,
     likelihood,
     painted,
@@ -134,9 +134,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--show",
         metavar="WHICH",
-        default="first",
-        help="shapes of all layers, of the first (default), of none, or of names: all, first, none, or a\n"
-        'glob such as "layers.*.attention.*"',
+        help="shapes of all layers, of the first (default; with --chat none), of none, or of names: all,\n"
+        'first, none, or a glob such as "layers.*.attention.*"',
+    )
+    add(
+        "--stats",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="the line with speed and memory",
     )
     add(
         "--save-trace",
@@ -182,6 +187,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
 
     args = parser.parse_args(argv)
+    args.prompt, args.system = as_utf8(args.prompt), as_utf8(args.system)
     wrong = parser.error
     for flag, (low, high) in RANGES.items():
         value = getattr(args, flag)
@@ -191,6 +197,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         wrong("--system needs --chat")
     if args.prompts is not None and (args.prompt is not None or args.break_at or args.save_trace):
         wrong("--prompts goes without a prompt, --break-at and --save-trace")
+    args.show_asked = args.show is not None
+    args.show = args.show or ("none" if args.chat else "first")
     if args.save_trace is None and (args.trace_only or args.trace_generated):
         wrong(f"--trace-{'only' if args.trace_only else 'generated'} needs --save-trace")
     check_globs(args, n_layers=1000)  # before a large model is loaded; its own layers after that
@@ -277,7 +285,8 @@ def how_it_ended(
         return f"[the model ended at once{hint}]" if len(new) == 1 else ""
     if len(ids) + len(new) == params["max_seq_len"]:
         return f"[the context of {params['max_seq_len']:,} tokens is full]"
-    return f"[cut at --max-new-tokens {args.max_new_tokens}]" if new else ""
+    cut = new and len(new) == args.max_new_tokens  # else Ctrl-C has stopped it
+    return f"[cut at --max-new-tokens {args.max_new_tokens}]" if cut else ""
 
 
 def answer(
@@ -331,16 +340,13 @@ def answer(
     if why:
         print(why, file=sys.stderr)
     T, later = len(ids) - cached, max(0, len(new) - 1)
-    print(
-        painted(
-            f"prefill {plural(T, 'token')}{rate(T, read - started)}; "
-            f"decode {plural(len(new), 'token')}{rate(later, ended - first)}; "
-            f"peak memory {peak_memory(args.device) / 1e9:.3g} GB",
-            DIM,
-            colour,
-        ),
-        file=sys.stderr,
+    statistics = (
+        f"prefill {plural(T, 'token')}{rate(T, read - started)}; "
+        f"decode {plural(len(new), 'token')}{rate(later, ended - first)}; "
+        f"peak memory {peak_memory(args.device) / 1e9:.3g} GB"
     )
+    if args.stats:
+        print(painted(statistics, DIM, colour), file=sys.stderr)
     if compiling is not None:
         say_if_it_did_not_pay(compiling, later, ended - first)
     return new
@@ -358,7 +364,7 @@ def given_prompts(args: argparse.Namespace) -> dict[int, str] | None:
     if args.prompts in (None, "-"):
         given = sys.stdin.buffer.read()
     else:
-        given = Path(args.prompts).expanduser().read_bytes()
+        given = read_input(args.prompts)
     text = given.decode("utf-8-sig", "surrogateescape").rstrip("\r\n")
     if args.prompts is None:
         return {0: text}
@@ -501,7 +507,7 @@ def run(args: argparse.Namespace) -> None:
         answer, model=model, args=args, prefill=prefill, watched=watched, go_on=told, ready=ready
     )
     if prompts is None:
-        return conversation.converse(model, args, answer=how)
+        return conversation.converse(model, args, how, told)
     ids = prompt_ids(prompts[0], tokenizer, params["max_seq_len"], args.chat, args.system)
     if args.save_trace is not None and not args.trace_generated:
         trace(prompts[0], ids, ids, model, args)
@@ -514,7 +520,8 @@ def trace(
     prompt: str, prompt_ids: list[int], ids: list[int], model: llama.Model, args: argparse.Namespace
 ) -> None:
     """Writes the trace of a pass over ids, which begin with those of the prompt, as --save-trace says."""
-    about = {"prompt": prompt, "weights": args.weights, "prompt_tokens": str(len(prompt_ids))}
+    about = {"prompt": prompt, "weights": printable(args.weights)}
+    about["prompt_tokens"] = str(len(prompt_ids))
     tokens = torch.tensor([ids], device=args.device)
     save_trace(args.save_trace, tokens, model, about, args.trace_only)
 

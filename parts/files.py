@@ -6,7 +6,9 @@ import json
 import os
 import re
 import secrets
+import stat
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,12 +38,61 @@ def local_path(given: str | Path) -> Path:
     return path
 
 
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, without the mark that some editors put before it."""
+    return path.read_text(encoding="utf-8-sig")
+
+
+@contextlib.contextmanager
+def openable(path: Path) -> Iterator[Path]:
+    """A name of a file during a with block, for libraries that want names to be UTF-8: a link."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder, "link")
+            link.symlink_to(path.absolute())
+            try:
+                yield link
+            except ValueError as problem:
+                raise ValueError(str(problem).replace(str(link), str(path))) from None
+    else:
+        yield path
+
+
+def read_input(given: str | Path) -> bytes:
+    """All bytes of a file, or of a pipe such as a shell's <(…); ValueError for a device or a folder."""
+    path = local_path(given)
+    if not path.exists():
+        raise ValueError(f"{given}: no such file")
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode) or stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a device"
+        raise ValueError(f"{given}: expected a text file, a pipe or -, found {kind}")
+    try:
+        return path.read_bytes()
+    except OSError as problem:
+        raise ValueError(f"{given}: cannot be read ({problem.strerror})") from None
+
+
+def check_target(target: Path) -> None:
+    """ValueError if a file cannot be written there: what stands there is a folder, a pipe or a device."""
+    if not target.parent.is_dir():
+        raise ValueError(f"{target}: there is no folder {target.parent}")
+    if target.exists() and not target.is_file():
+        kind = "a folder" if target.is_dir() else "a pipe, a socket or a device"
+        raise ValueError(f"{target}: expected the name of a file to write, found {kind}")
+
+
 @contextlib.contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
     """An empty new file beside target; it takes target's place when the with block has ended well.
 
-    If the block ends otherwise, that file is deleted, and target is as it was.
+    If the block ends otherwise, that file is deleted, and target is as it was. A link stays one.
     """
+    if target.is_symlink():
+        target = target.resolve()
+    check_target(target)
     part = target.with_name(f".{target.name[:50]}.{secrets.token_hex(6)}.part")
     part.open("xb").close()  # "x": nobody else's
     UNFINISHED.add(part)
@@ -102,7 +153,7 @@ def hash_of(path: Path, kind: str) -> str:
 def read_marks(path: Path) -> dict[str, Any]:
     """What write_marks wrote; nothing, if that is not there or makes no sense."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

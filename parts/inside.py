@@ -1,7 +1,6 @@
 """Looking inside `forward`: names by glob, --break-at, --save-trace, and probes that compose."""
 
 import difflib
-import fnmatch
 import inspect
 import json
 import os
@@ -17,7 +16,8 @@ from torch import Tensor
 
 import llama3_from_scratch as llama
 from parts import first_line, printable, processes, vocabulary
-from parts.files import written_whole
+from parts.files import openable, written_whole
+from parts.table import chosen, tokens_at
 
 
 def not_finite(weights: llama.Weights) -> ValueError:
@@ -70,7 +70,6 @@ def place_of(path: str | Path) -> Path:
 
 # ------------------------------------------------------------------------------------ names
 
-LAYERS_SHOWN = ("all", "first", "none")  # what --show may say beside a glob
 LENS = ("lens.ids", "lens.probs")  # what a trace holds beside the steps of forward
 # A step of forward that passes through the probe; line: all of it, variable: what then holds the tensor
 STEP = re.compile(
@@ -84,15 +83,6 @@ def step_names(forward: llama.Forward, layers: Iterable[object]) -> list[str]:
     source = inspect.getsource(inspect.unwrap(forward))
     steps = [step["name"] for step in STEP.finditer(source)]
     return list(dict.fromkeys(step.replace("{i}", str(i)) for i in layers for step in steps))
-
-
-def chosen(name: str, which: str | Iterable[str]) -> bool:
-    """Is a name one of "all", of the "first" layer, of "none", or matched by a glob, or by one of several?"""
-    if which in LAYERS_SHOWN:
-        first = name.startswith("layers.0.") or not name.startswith("layers.")
-        return which == "all" or (which == "first" and first)
-    patterns = [which] if isinstance(which, str) else which
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def check_names(flag: str, patterns: Iterable[str], n_layers: int) -> None:
@@ -165,18 +155,6 @@ def compose(*probes: llama.Probe) -> llama.Probe:
     return probe
 
 
-def tokens_at(positions: Tensor) -> str:
-    """Which tokens stand at positions (B T), in words."""
-    return f"tokens {int(positions.min())} to {int(positions.max())}"
-
-
-def say_chunk(positions: Tensor, start: int) -> None:
-    """Says on stderr of which tokens shapes are, unless the prompt, from position start on, is one chunk."""
-    if int(positions.min()) > start:
-        which = tokens_at(positions)
-        print(f"read in chunks; these are the shapes of the last, {which}", file=sys.stderr)
-
-
 def say_stop(name: str, dims: str, tensor: object, n_layers: int = 0, *more: str) -> None:
     """Says on stderr at which tensor a breakpoint stops, before the debugger asks what to do."""
     if processes()[0] > 0 or os.environ.get("PYTHONBREAKPOINT") == "0":
@@ -242,7 +220,7 @@ def forward_with_breakpoints(
 def is_trace(path: Path) -> bool:
     """Is this a file that save_trace wrote?"""
     try:
-        with safetensors.safe_open(path, "pt") as file:
+        with openable(path) as name, safetensors.safe_open(name, "pt") as file:
             return {"prompt", "params"} <= (file.metadata() or {}).keys()
     except (OSError, safetensors.SafetensorError):
         return False

@@ -27,6 +27,7 @@ from torch import Tensor
 import llama3_from_scratch as llama
 from llama3_from_scratch import Params, Weights
 from parts import archives, config, eager, first_line, printable, processes, span
+from parts.files import openable, read_text
 from parts.naming import (
     ADAPTER,
     HUGGING_FACE,
@@ -79,22 +80,16 @@ def explain(path: Path, expected: str, problem: object) -> ValueError:
 
 
 def check_file(path: Path, expected: str) -> None:
-    """ValueError unless this is a plain file under a name that the libraries can open."""
+    """ValueError unless this is a plain file."""
     if not path.is_file():
         raise explain(path, expected, "")
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise ValueError(
-            f"{path}: its path is not UTF-8, so it cannot be opened; rename it"
-        ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, as a dict."""
     check_file(path, "a JSON object")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as problem:
         raise explain(path, "a JSON object", problem) from None
     if not isinstance(found, dict):
@@ -375,7 +370,7 @@ def open_safetensors(path: Path) -> Weights:
     """The tensors of a .safetensors file by name, on the mapped file: nothing is read or copied yet."""
     check_file(path, "a safetensors file")
     try:
-        with safetensors.safe_open(path, "pt") as file:
+        with openable(path) as name, safetensors.safe_open(name, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # it is no dict
     except Exception as problem:  # safetensors, torch and the system each have their own
         raise explain(path, "a safetensors file", problem) from None
@@ -582,10 +577,10 @@ def checked_pth(path: Path) -> Weights:
             "free; unpack it elsewhere: torch.load and torch.save write it plainly"
         )
     try:
-        with warnings.catch_warnings():
+        with openable(path) as name, warnings.catch_warnings():
             # an error is one line, and torch has more to say of odd files
             warnings.simplefilter("ignore")
-            held = torch.load(path, mmap=not unpacked, weights_only=True, map_location="cpu")
+            held = torch.load(name, mmap=not unpacked, weights_only=True, map_location="cpu")
     except Exception as problem:  # torch raises a dozen kinds for a file that is no checkpoint
         said = str(problem).partition(". ")[0]
     else:

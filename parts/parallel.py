@@ -36,7 +36,7 @@ from torch.nn.functional import pad
 
 import llama3_from_scratch as llama
 from parts import first_line, printable, processes
-from parts.files import delete_unfinished
+from parts.files import delete_unfinished, read_input
 from parts.inside import compose
 
 PATIENCE = 20  # seconds without a sign of life after which a process is given up
@@ -288,7 +288,7 @@ def share_input(args: argparse.Namespace) -> None:
     terminal, content = False, b""
     if rank == 0 and (args.prompt is None or args.prompts):
         if args.prompts not in (None, "-"):
-            content = Path(args.prompts).read_bytes()
+            content = read_input(args.prompts)
         elif not (terminal := sys.stdin.isatty()):
             content = sys.stdin.buffer.read()
     terminal, content = of_process_0((terminal, content))

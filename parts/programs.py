@@ -74,6 +74,16 @@ def told_to_end(number: int, frame: object) -> NoReturn:
     raise SystemExit(128 + number)
 
 
+def end_at_once(process: Any) -> None:
+    """Ends a process that was started in a session of its own, with all that it has started: compilers."""
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    else:  # Windows
+        process.kill()
+    process.wait()
+
+
 @contextlib.contextmanager
 def signals() -> Any:
     """During a with block Ctrl-C raises KeyboardInterrupt, SIGTERM and SIGHUP raise SystemExit."""
@@ -93,6 +103,25 @@ def signals() -> Any:
                 signal.signal(number, handler)
 
 
+def write_utf8() -> None:
+    """To a file or a pipe UTF-8 is written, whatever the locale says; a terminal shows what it can."""
+    for stream in (sys.stdout, sys.stderr):
+        if not hasattr(stream, "reconfigure"):  # a notebook's
+            continue
+        if stream.isatty():
+            stream.reconfigure(errors="replace")
+        else:
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def as_utf8(text: str | None) -> str | None:
+    """An argument as the UTF-8 that its bytes are, though the locale says something else."""
+    try:
+        return text and os.fsencode(text).decode("utf-8")
+    except UnicodeError:
+        return text
+
+
 def run_program(work: Callable[[], int | None], stopped: str = "") -> int:
     """Runs a program's work and returns its exit code; however it ends, it says one line at most.
 
@@ -101,8 +130,7 @@ def run_program(work: Callable[[], int | None], stopped: str = "") -> int:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by who started us
             setattr(sys, name, open(os.devnull, mode))
-    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has none
-        sys.stdout.reconfigure(errors="replace")  # of a terminal that cannot show every letter
+    write_utf8()
     code = 0
     try:
         with signals():
@@ -119,10 +147,23 @@ def run_program(work: Callable[[], int | None], stopped: str = "") -> int:
     return code
 
 
+def behind(problem: BaseException | None) -> BaseException | None:
+    """The KeyboardInterrupt or SystemExit that an error came of, if one did: in torch.save, for one."""
+    while problem is not None and not isinstance(problem, (KeyboardInterrupt, SystemExit)):
+        problem = problem.__context__
+    return problem
+
+
 def ended(work: Callable[[], int | None], stopped: str) -> int:
     """The exit code of work(), whatever it raises; only a mistake of ours is raised on."""
     try:
-        return work() or 0
+        try:
+            return work() or 0
+        except Exception as problem:
+            stop = behind(problem)
+            if stop is None:
+                raise
+            raise stop from None
     except KeyboardInterrupt:
         if stopped:
             with contextlib.suppress(OSError):

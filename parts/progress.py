@@ -17,8 +17,7 @@ from torch import Tensor
 
 import llama3_from_scratch as llama
 from parts import eager, printable
-from parts.inside import say_chunk
-from parts.table import columns, width_of
+from parts.table import columns, say_chunk, width_of
 
 PATIENCE = 1.0  # seconds until a line appears
 TURN = 0.25  # seconds from one drawing to the next

@@ -146,6 +146,8 @@ def cached_copy(url: str, cache_dir: str | None = None) -> Path:
     blobfile.configure(
         retry_limit=3, log_callback=lambda message: None
     )  # else it retries for ever, and aloud
+    if folder.parent.exists() and not folder.parent.is_dir():
+        raise ValueError(f"--cache-dir {folder.parent}: not a folder")
     waiting = f"{url}: another run copies it to {folder}; this one waits"
     with locked(folder.with_name(f"{folder.name}.lock"), waiting) as alone:
         copy_missing(url, folder, alone)

@@ -1,15 +1,16 @@
 """What the command line shows of a pass: the table of shapes, its key and colours, lines that fit."""
 
+import fnmatch
 import os
 import re
 import sys
 import unicodedata
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 
 import llama3_from_scratch as llama
-from parts.inside import chosen
 
 KEY = {  # the letters of the script's docstring
     "B": "batch",
@@ -25,6 +26,7 @@ KEY = {  # the letters of the script's docstring
 # Of each letter, one of a terminal's own colours: those can be read on light and on dark.
 COLOURS = dict(zip("BTSDHKEFV", ("2", "1", "95", "36", "33", "35", "32", "34", "31")))
 DIM = "2"
+LAYERS_SHOWN = ("all", "first", "none")  # what --show may say beside a glob
 
 
 # ------------------------------------------------------------------------------------ a terminal
@@ -116,6 +118,27 @@ def likelihood(p: float) -> str:
 
 
 # ------------------------------------------------------------------------------------ the table
+
+
+def chosen(name: str, which: str | Iterable[str]) -> bool:
+    """Is a name one of "all", of the "first" layer, of "none", or matched by a glob, or by one of several?"""
+    if which in LAYERS_SHOWN:
+        first = name.startswith("layers.0.") or not name.startswith("layers.")
+        return which == "all" or (which == "first" and first)
+    patterns = [which] if isinstance(which, str) else which
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def tokens_at(positions: Tensor) -> str:
+    """Which tokens stand at positions (B T), in words."""
+    return f"tokens {int(positions.min())} to {int(positions.max())}"
+
+
+def say_chunk(positions: Tensor, start: int) -> None:
+    """Says on stderr of which tokens shapes are, unless the prompt, from position start on, is one chunk."""
+    if int(positions.min()) > start:
+        which = tokens_at(positions)
+        print(f"read in chunks; these are the shapes of the last, {which}", file=sys.stderr)
 
 
 def key_of(sizes: dict[str, int], colour: bool) -> str:

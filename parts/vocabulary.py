@@ -30,6 +30,7 @@ from torch import Tensor
 
 import llama3_from_scratch as llama
 from parts import first_line
+from parts.files import read_text
 from parts.layouts import explain, read_json
 
 Json = Mapping[str, Any]
@@ -455,7 +456,7 @@ def sentencepiece_tokenizer(path: Path) -> Any:
             f"{path}: a SentencePiece tokenizer, of Llama 2; pip install sentencepiece"
         ) from None
     try:
-        model = SentencePieceProcessor(model_file=str(path))
+        model = SentencePieceProcessor(model_proto=path.read_bytes())
     except Exception as problem:
         raise explain(path, "a SentencePiece tokenizer", problem) from None
     own = {"<|begin_of_text|>": model.bos_id()}
@@ -640,7 +641,7 @@ def chat_templates(folder: Path) -> dict[str, str]:
             try:
                 if not path.is_file():  # a pipe would be waited for
                     raise OSError("no file")
-                templates[name] = path.read_text(encoding="utf-8")
+                templates[name] = read_text(path)
             except (OSError, ValueError) as problem:
                 raise explain(path, "a chat template", problem) from None
     return templates

@@ -1,6 +1,14 @@
 """tools/bench.py: contenders in processes of their own, and one line for those who cannot take part."""
 
+import contextlib
 import importlib.metadata
+import inspect
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,6 +62,56 @@ def test_who_cannot_take_part_is_named(tmp_path, monkeypatch):
         ValueError, match="^llama.cpp is not installed: pip install llama-cpp-python$"
     ):
         bench.run([str(TINY), "--peers", "llama.cpp"])
+
+
+def alive(group):
+    """Processes of a group that have not ended."""
+    states = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, number = stat.read_text().rpartition(")")[2].split()[:3]
+            states += [state] if int(number) == group and state != "Z" else []
+    return len(states)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="this system has no /proc")
+def test_told_to_end_a_benchmark_leaves_no_process(monkeypatch, capsys):
+    """SIGTERM while contenders load: they end with all that they have started, at once."""
+    started = []
+
+    def start(name, folder, device):
+        code = "import subprocess, sys; subprocess.Popen(['sleep', '99']); print(1, flush=True)"
+        code += "; sys.stdin.read()"
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True, start_new_session=True
+        )
+        started.append(process.pid)
+        return process
+
+    def ask(process, length, new):
+        process.stdout.readline()
+        assert alive(process.pid) == 2
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    for real in (bench.start, bench_gpu.start):  # else there would be no group to end
+        assert "start_new_session=True" in inspect.getsource(real)
+    monkeypatch.setattr(bench, "start", start)
+    monkeypatch.setattr(bench, "ask", ask)
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
+    began = time.time()
+    assert bench.main([str(TINY), "--quick"]) == 143
+    assert time.time() - began < 20 and len(started) == 1
+    deadline = time.time() + 10
+    while alive(started[0]) and time.time() < deadline:
+        time.sleep(0.05)
+    assert not alive(started[0]) and "rror" not in capsys.readouterr().err
+
+
+def test_a_command_that_fails_is_one_line():
+    with pytest.raises(ValueError, match="^-c failed: told you$"):
+        bench.output_of([sys.executable, "-c", "import sys; sys.exit('told you')"])
 
 
 def test_the_table_in_words_and_ratios():

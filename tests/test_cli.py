@@ -295,6 +295,7 @@ class Terminal:
                 self.seen += os.read(self.fd, 4096).decode(errors="replace").replace("\r\n", "\n")
             except OSError:
                 break
+            self.seen = re.sub("\x1b\\[\\?2004(h|l\r)", "", self.seen)  # readline's, around a line
         seen, self.seen = self.seen, ""
         return seen
 
@@ -624,22 +625,25 @@ def test_ctrl_c_before_anything_happened():
     assert process.returncode == 130 and err == b""
 
 
-def test_an_output_that_knows_no_emoji():
-    command = [
-        sys.executable,
-        SCRIPT,
-        "🦙",
-        "--max-new-tokens",
-        "30",
-        "--temperature",
-        "9",
-        "--seed",
-        "1",
-    ]
-    result = subprocess.run(
-        command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
+def test_a_pipe_gets_utf8_whatever_the_locale_says(tmp_path):
+    """An ASCII locale, where streams are told cp1252: JSON lines, text, shapes and prompts are UTF-8."""
+    locale = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    locale |= {"PYTHONIOENCODING": "cp1252", "PYTHONPATH": str(ROOT)}
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes("\ufeffHé “🦊”\n".encode())
+    code = (
+        "import sys, llama3_from_scratch as l;"
+        "codes = [l.main([*prompt, '--max-new-tokens', '1']) for prompt in (['--prompts', sys.argv[1]],"
+        " [sys.argv[2]])]; print('\\xe9\\U0001f999'); print('\\xe9\\U0001f999', file=sys.stderr);"
+        "sys.exit(any(codes))"
     )
-    assert result.returncode == 0 and b"codec" not in result.stderr
+    command = [sys.executable, "-c", code, prompts, "🦙é"]
+    result = subprocess.run(command, capture_output=True, env=os.environ | locale)
+    assert result.returncode == 0 and b"codec" not in result.stderr, result.stderr
+    lines = result.stdout.decode("utf-8").splitlines()
+    assert json.loads(lines[0])["prompt"] == "Hé “🦊”" and lines[-1] == "é🦙"
+    assert result.stderr.decode("utf-8").endswith("é🦙\n")
+    assert b"prompt of 7 tokens" in result.stderr  # six bytes, not twelve letters of another locale
 
 
 def test_out_of_memory_is_one_line(script, monkeypatch):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import llama3_from_scratch as llama
 from parts import archives, config, inside, layouts, naming
+from tools import compare
 from tools.random_checkpoint import made_up_tokenizer, random_weights, write_checkpoint
 
 TOKENS = torch.tensor([[1, 500, 17, 300, 2, 2, 511, 44]])
@@ -818,12 +819,26 @@ def test_a_pipe_is_no_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["meta", "hf"])
-def test_a_path_that_is_not_utf8(checkpoint, folder, tmp_path, script, kind):
-    path = tmp_path / os.fsdecode(b"mod\xe8le")
-    shutil.copytree(checkpoint() if kind == "meta" else folder, path)
-    result = script("Hi", "--weights", path)
-    assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "its path is not UTF-8" in result.stderr and "mod\\udce8le" in result.stderr
+def test_any_path_and_marks_before_text(checkpoint, folder, tmp_path, script, kind):
+    """A path with all that may stand in one, JSON and text with a mark (BOM) before it; a trace beside it."""
+    plain = checkpoint() if kind == "meta" else folder
+    path = tmp_path / os.fsdecode(b"mod\xe8le \"a\" 'b'\nc")
+    shutil.copytree(plain, path)
+    for name in ("params.json", "config.json", "generation_config.json", "tokenizer.model"):
+        if (path / name).exists():
+            (path / name).write_bytes(b"\xef\xbb\xbf" + (path / name).read_bytes())
+    flags = ("--max-new-tokens", 5, "--temperature", 0)
+    expected = script("Hi", "--weights", plain, *flags)
+    result = script("Hi", "--weights", path, *flags)
+    assert result.returncode == 0 and result.stdout == expected.stdout, result.stderr
+    assert "mod\\udce8le \"a\" 'b'\\nc" in result.stderr.splitlines()[0]
+    trace = path / os.fsdecode(b"\xff.safetensors")
+    for _ in range(2):  # the second one takes the first one's place
+        assert script("Hi", "--weights", path, *flags, "--save-trace", trace).returncode == 0
+    assert compare.main([str(trace), "--weights", str(path)]) == 0
+    (path / "model.safetensors" if kind == "hf" else path / "consolidated.00.pth").write_text("x")
+    broken = script("Hi", "--weights", path)
+    assert broken.returncode == 2 and "link" not in broken.stderr and "\\udce8" in broken.stderr
 
 
 def test_a_second_copy_of_a_shard(checkpoint):

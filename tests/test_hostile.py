@@ -4,6 +4,7 @@ import filecmp
 import json
 import math
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +25,8 @@ import llama3_from_scratch as llama
 from parts import CONTROL, for_screen, naming, printable
 from parts.files import local_path, written_whole
 from parts.programs import run_program
-from tools import compare, random_checkpoint
+from tools import bench, compare, random_checkpoint
+from weights import train_tiny
 
 TINY = str(ROOT / "weights" / "tiny")
 
@@ -303,6 +306,85 @@ def test_told_to_end_while_a_file_is_written(tmp_path, number):
     finally:
         signal.signal(number, before)
     assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_end_while_torch_writes(tmp_path, capsys, number):
+    """PyTorch makes a RuntimeError of whatever stops it there."""
+
+    def work():
+        with written_whole(tmp_path / "t") as part, open(part, "wb") as file:
+
+            class Stopped:
+                def write(self, block):
+                    if len(block) > 9999:
+                        os.kill(os.getpid(), number)
+                    return file.write(block)
+
+                flush = file.flush
+
+            torch.save({"a": torch.zeros(10_000)}, Stopped())
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        assert run_program(work) == 128 + number
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not [*tmp_path.iterdir()] and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "no folder"])
+def test_no_file_takes_the_place_of_something_else(tmp_path, kind):
+    target = {"device": Path("/dev/null"), "no folder": tmp_path / "no" / "t"}.get(
+        kind, tmp_path / "t"
+    )
+    if kind == "pipe":
+        os.mkfifo(target)
+    elif kind == "folder":
+        target.mkdir()
+    with pytest.raises(ValueError, match=kind):
+        with written_whole(target):
+            raise AssertionError("it was opened")
+    assert not [*tmp_path.glob(".*")] and Path("/dev/null").is_char_device()
+
+
+def test_a_link_to_a_file_stays_a_link(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with written_whole(tmp_path / "link") as part:
+        part.write_text("x")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "x"
+
+
+def test_a_device_or_a_pipe_in_place_of_a_file(tmp_path, capsys, monkeypatch):
+    """Refused at once: nothing is read, waited for, or measured for hours."""
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    (tmp_path / "t.safetensors").write_bytes(b"")
+    for program, arguments in (
+        (llama, ["--prompts", "/dev/zero"]),
+        (llama, ["--prompts", "."]),
+        (llama, ["Hi", "--weights", "pipe"]),
+        (llama, ["Hi", "--weights", "gs://x/y", "--cache-dir", "pipe"]),
+        (compare, ["pipe"]),
+        (compare, ["/dev/zero"]),
+        (compare, ["t.safetensors", "--map", "pipe"]),
+        (random_checkpoint, ["pipe", "x"]),
+        (random_checkpoint, ["small", "pipe"]),
+        (random_checkpoint, ["small", "x", "--tokenizer", "pipe"]),
+        (bench, [TINY, "--json", "/dev/null"]),
+        (bench, [TINY, "--chart", "pipe"]),
+        (train_tiny, ["--out", "pipe"]),
+    ):
+        assert program.main(arguments) == 2, arguments
+        err = capsys.readouterr().err
+        assert re.fullmatch(r"error: .*(device|not a f|neither a file|a folder).*\n", err), err
+    assert sorted(os.listdir()) == ["pipe", "t.safetensors"]
+
+
+def test_prompts_from_a_shells_pipe():
+    command = shlex.join([sys.executable, "llama3_from_scratch.py", "--max-new-tokens", "1"])
+    run = shell(f"{command} --prompts <(printf '\\xef\\xbb\\xbfHi\\n')")
+    assert run.returncode == 0 and json.loads(run.stdout)["prompt"] == "Hi"
 
 
 # ------------------------------------------------------------------------------------ paths

@@ -39,11 +39,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run by its path
 import llama3_from_scratch as llama
-from parts import naming, vocabulary
+from parts import naming, printable, vocabulary
 from parts.commandline import peak_memory
 from parts.eager import one_token_step, without_onednn
-from parts.files import local_path, written_whole
-from parts.programs import flags_of, run_program
+from parts.files import check_target, local_path, written_whole
+from parts.programs import end_at_once, flags_of, run_program
 
 # ------------------------------------------------------------------------------------ the contenders
 # Each is a function (weights folder, device) -> (prefill, step): prefill(ids) reads a prompt from the start
@@ -377,7 +377,18 @@ def start(name, folder, device):
     command = [sys.executable, __file__, str(folder), "--device", device, "--work", name]
     pipe, quiet = subprocess.PIPE, subprocess.DEVNULL
     env = as_users_run_it(name)
-    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=quiet, text=True, env=env)
+    return subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, stderr=quiet, text=True, env=env, start_new_session=True
+    )
+
+
+def output_of(command, **options):
+    """What a command prints. ValueError, with the last that it says, if it fails."""
+    ran = subprocess.run(command, capture_output=True, encoding="utf-8", **options)
+    if ran.returncode:
+        said = ran.stderr.strip().splitlines() or [f"exit code {ran.returncode}"]
+        raise ValueError(f"{printable(command[1], 80)} failed: {said[-1]}")
+    return ran.stdout
 
 
 def ask(process, length, new):
@@ -465,8 +476,7 @@ def side_by_side(names, folder, device, rounds, new):
             print(f"turn {turn + 1} of {rounds}", file=sys.stderr)
     finally:
         for process in processes.values():
-            process.terminate()
-            process.wait(60)
+            end_at_once(process)
     return found, bandwidths
 
 
@@ -567,12 +577,7 @@ def cold_start(folder, device, rounds):
     for _ in range(rounds):
         for name, command in commands.items():
             started = time.perf_counter()
-            subprocess.run(
-                [sys.executable, *map(str, command)],
-                capture_output=True,
-                check=True,
-                env=as_users_run_it(name),
-            )
+            output_of([sys.executable, *map(str, command)], env=as_users_run_it(name))
             times[name].append(time.perf_counter() - started)
     return times
 
@@ -637,7 +642,9 @@ def chart(found, reach, path):
             axis.axvline(reach, color="black", linestyle=":", linewidth=1)
             axis.set_title(f"{what}, tokens a second (dotted: bandwidth)", fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    target = local_path(path)
+    with written_whole(target) as part:
+        figure.savefig(part, dpi=130, format=target.suffix[1:] or "png")
 
 
 def run(argv):
@@ -663,6 +670,9 @@ def run(argv):
         parser.error("--rounds from 1, --tokens from 2; eager and compiled take part anyway")
     if args.work:
         return work(args.work, args.weights, args.device)
+    for given in (args.json, args.chart):  # better known before hours of work than after
+        if given:
+            check_target(local_path(given))
 
     versions = {}
     for name in args.peers:
@@ -741,10 +751,7 @@ def alone(args, params, size):
         )
         code = [sys.executable, "-c", f"{code}; print(json.dumps(found))"]
         code += [args.weights, args.device, str(length)]
-        ran = subprocess.run(
-            code, cwd=ROOT / "tools", stdout=subprocess.PIPE, text=True, check=True
-        )
-        long[length] = json.loads(ran.stdout)
+        long[length] = json.loads(output_of(code, cwd=ROOT / "tools"))
         print(f"First token after a prompt of {length:,}: {long[length]['seconds']:.1f} s "
               f"({length / long[length]['seconds']:.0f} tok/s), memory beyond weights and cache "
               f"{long[length]['beyond'] / 1e6:.0f} MB")  # fmt: skip

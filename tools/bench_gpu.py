@@ -16,6 +16,7 @@ import json
 import os
 import re
 import select
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,13 +24,16 @@ import tempfile
 import time
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # quiet also while torch is imported
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run by its path
 import torch
 
 import llama3_from_scratch as llama
 from parts import compiled
-from parts.programs import flags_of, run_program
+from parts.programs import end_at_once, flags_of, run_program
 
 LLAMA_3 = {
     "n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-5, "rope_theta": 500000.0,
@@ -378,6 +382,20 @@ def machine(device):
 # ---------------------------------------------------------------------------- side by side
 
 
+def start(name, model, device, environment):
+    """A process that does `work`, in a session of its own; what its libraries print goes to a log."""
+    log = Path(tempfile.gettempdir()) / f"bench_gpu_{name}_{model}.log".replace(" ", "_")
+    with open(log, "w") as file:
+        return subprocess.Popen(
+            [sys.executable, __file__, "--work", name, model, device],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=file,
+            env=environment,
+            start_new_session=True,
+        )
+
+
 def measure(models, peers, device, limit, rounds, only=None):
     """All figures: a dict from (contender, model) to a list of (command, answer)."""
     started = time.perf_counter()
@@ -388,16 +406,6 @@ def measure(models, peers, device, limit, rounds, only=None):
     workers, found = {}, {}
     threads = str(max(3, (os.cpu_count() or 2) // len(pairs)))
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": threads}
-    for name, model in pairs:
-        log = Path(tempfile.gettempdir()) / f"bench_gpu_{name}_{model}.log".replace(" ", "_")
-        workers[name, model] = subprocess.Popen(
-            [sys.executable, __file__, "--work", name, model, device],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=open(log, "w"),
-            env=environment,
-        )
-        found[name, model] = []
 
     def left():
         return limit - (time.perf_counter() - started)
@@ -414,7 +422,7 @@ def measure(models, peers, device, limit, rounds, only=None):
         shown = {k: v for k, v in answer.items() if k != "kernels"}
         print(f"{time.perf_counter() - started:5.0f} s", *key, command, shown, file=sys.stderr)
         if not line:
-            workers.pop(key).kill()
+            end_at_once(workers.pop(key))
 
     def ask(name, command, what):
         for model in models:
@@ -423,6 +431,9 @@ def measure(models, peers, device, limit, rounds, only=None):
                 hear((name, model), (command, what), 60)
 
     try:
+        for name, model in pairs:
+            workers[name, model] = start(name, model, device, environment)
+            found[name, model] = []
         for key in workers:
             send(key, FIRST[key[0]])
         for key in [*workers]:
@@ -446,7 +457,7 @@ def measure(models, peers, device, limit, rounds, only=None):
         ask("far", "profile", FAR[-1])
     finally:
         for worker in workers.values():
-            worker.kill()
+            end_at_once(worker)
     return found
 
 

@@ -37,7 +37,7 @@ from llama3_from_scratch import (
     rotate,
 )
 from parts import first_line, printable
-from parts.files import local_path
+from parts.files import local_path, openable, read_text
 from parts.layouts import free_memory
 from parts.programs import flags_of, run_program
 
@@ -650,7 +650,7 @@ def read_theirs(path, names):
         found = "not a file" if Path(path).exists() else "no such file"
         raise ValueError(f"{path}: {found}; a safetensors file is expected")
     try:
-        with safetensors.safe_open(path, "pt") as file:
+        with openable(local_path(path)) as name, safetensors.safe_open(name, "pt") as file:
             held = {name: file.get_tensor(name) for name in file.keys()}  # it is no dict
             about = file.metadata() or {}
     except Exception as problem:  # safetensors, torch and the system each have their own
@@ -787,8 +787,8 @@ def run(args):
     if args.map:
         try:
             if not local_path(args.map).is_file():
-                raise ValueError("no such file")
-            names = json.loads(Path(args.map).read_text(encoding="utf-8"))
+                raise ValueError("not a file" if Path(args.map).exists() else "no such file")
+            names = json.loads(read_text(local_path(args.map)))
             if not isinstance(names, dict) or not all(isinstance(x, str) for x in names.values()):
                 raise ValueError("expected an object from their names to ours")
         except (OSError, ValueError, RecursionError) as problem:

@@ -183,7 +183,7 @@ def run(argv):
     if args.shape not in SHAPES and not local_path(args.shape).is_file():
         raise ValueError(f"{args.shape}: neither a file nor one of {', '.join(SHAPES)}")
     if args.tokenizer and not local_path(args.tokenizer).is_file():
-        raise ValueError(f"{args.tokenizer}: no such file")
+        raise ValueError(f"{args.tokenizer}: not a file; a tokenizer.model is expected")
     folder = local_path(args.folder)
     dtype, tied = getattr(torch, args.dtype), args.shape in TIED
     params = SHAPES.get(args.shape) or read_json(local_path(args.shape))

@@ -466,6 +466,8 @@ def loss_of(batch, weights, params):
 
 def check_folder(folder):
     """ValueError if training would take the place of another model."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: not a folder")
     for name in ("params.json", "consolidated.00.pth"):
         if (folder / name).exists() and read_marks(folder / "params.json") != PARAMS:
             raise ValueError(
