@@ -4,8 +4,8 @@
 
 One row of tokens, decoded by N GPUs that each hold 1/N of every matrix but the embedding, and all of that
 (tensor parallelism as in Megatron-LM, Shoeybi et al. 2019): whole heads, a slice of F, a slice of V. A step
-reads each GPU's weights and keys and values once, and sums x over the GPUs twice a layer. All assumptions stand
-in the two tables below.
+reads each GPU's weights and keys and values once, and sums x over the GPUs twice a layer. All assumptions
+stand in the two tables below.
 """
 
 import math
