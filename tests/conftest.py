@@ -10,6 +10,8 @@ import pytest
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # these models are so small that a second thread only waits
+# A second thread that has nothing to do is to sleep, not to spin: other tests run beside.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 import llama3_from_scratch as llama

@@ -49,9 +49,13 @@ def go_on(params, weights, tokens, new, step, leave=None):
     return found
 
 
-def test_compiled_equals_eager_and_compiles_once(model, capsys, monkeypatch):
-    """200 tokens, prompts of several lengths, several rows, rows that leave; past 4,096 once more."""
-    params, weights = model(n_layers=2)
+def test_compiled_equals_eager_and_compiles_once(capsys, monkeypatch):
+    """Prompts of several lengths, several rows, rows that leave; past 4,096 positions once more.
+
+    The graphs of one row and of several are those of test_command_line, which finds them on disk.
+    """
+    weights, params, _ = llama.load_model(dtype="float32", quiet=True, n_layers=2)
+    params["max_seq_len"] = 8192
     torch._dynamo.reset()
     products, compile_fx = [], compiled.compile_fx
 
@@ -62,28 +66,28 @@ def test_compiled_equals_eager_and_compiles_once(model, capsys, monkeypatch):
 
     monkeypatch.setattr(compiled, "compile_fx", count)
     before, step = graphs(), compiled.compiled_step()
-    for T, new in ((11, 200), (300, 40), (3, 10), (500, 600)):
+    for T, new in ((11, 150), (300, 20), (3, 10), (500, 150)):
         tokens = some_tokens(params, B=1, T=T)
         expected = go_on(params, weights, tokens, new, llama.forward)
         assert go_on(params, weights, tokens, new, step) == expected
     assert graphs() - before == 1
     tokens = some_tokens(params, B=1, T=4070)
-    assert go_on(params, weights, tokens, 200, step) == go_on(
-        params, weights, tokens, 200, llama.forward
+    assert go_on(params, weights, tokens, 40, step) == go_on(
+        params, weights, tokens, 40, llama.forward
     )
     assert graphs() - before == 2
     assert capsys.readouterr().err.count("compiled the step") == 2
-    for B, T, leave in ((3, 7, 150), (5, 20, None), (2, 140, 3)):
+    for B, T, new, leave in ((3, 7, 150, 140), (5, 20, 20, None), (2, 140, 20, 3)):
         tokens = some_tokens(params, B=B, T=T)
-        expected = go_on(params, weights, tokens, 200, llama.forward, leave)
-        assert go_on(params, weights, tokens, 200, step, leave) == expected
+        expected = go_on(params, weights, tokens, new, llama.forward, leave)
+        assert go_on(params, weights, tokens, new, step, leave) == expected
     assert graphs() - before == 3
     # past 4,096 the sums over values stay products, and all of them for several rows
     assert products == [(2 * 9 + 1, 0), (2 * 8 + 1, 2), (0, 2 * 9 + 1)]
 
 
 def test_compiled_bfloat16_is_no_worse_than_eager(model):
-    params, exact = model()
+    params, exact = model(n_layers=1)
     weights = {name: w.bfloat16() for name, w in exact.items()}
     exact = {name: w.float() for name, w in weights.items()}
     tokens, step = some_tokens(params, B=1, T=40), compiled.compiled_step()
@@ -245,6 +249,7 @@ def test_one_key_value_head_and_as_many_as_queries(model, heads):
 
 def test_command_line(script):
     flags = ["Once upon a time", "--show", "none", "--dtype", "float32", "--max-new-tokens", 40]
+    flags += ["--layers", 2]
     plain, fast = script(*flags), script(*flags, "--compile")
     assert fast.returncode == 0 and fast.stdout == plain.stdout
     assert "\ncompiled the step in " in fast.stderr and "Warning" not in fast.stderr

@@ -23,6 +23,7 @@ from parts import layouts, naming, parallel
 from tools.random_checkpoint import random_checkpoint, random_weights, split
 
 SCRIPT = ROOT / "llama3_from_scratch.py"
+WORKER = ROOT / "tests" / "parallel_worker.py"
 
 
 def torchrun(N, *command, nodes=1, node=0, port=0):
@@ -70,7 +71,7 @@ def finished(process, input=None, within=120):
         process.returncode,
         out,
         err,
-        [line for line in err.splitlines() if line.startswith("error:")],
+        errors_of(err),
     )
 
 
@@ -91,6 +92,44 @@ def free_port():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         return taken.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    """forks(flags of each process, …) -> [(exit code, stdout, stderr)] of each: as under torchrun.
+
+    They are forked from a process that has imported torch: a dozen starts of Python less for each test.
+    program: the file they run, in place of the script; machines: each stands for a machine of its own.
+    """
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "tests" / "forked_ranks.py"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=env, **pipes)
+
+    def run(*ranks, program="", machines=False, within=120):
+        place = {"WORLD_SIZE": f"{len(ranks)}", "MASTER_ADDR": "127.0.0.1"}
+        place |= {"MASTER_PORT": f"{free_port()}", "LOCAL_WORLD_SIZE": f"{len(ranks)}"}
+        folder = tmp_path_factory.mktemp("ranks")
+        files = []
+        for rank in range(len(ranks)):
+            files.append([os.devnull, str(folder / f"{rank}.out"), str(folder / f"{rank}.err")])
+            for path in files[-1][1:]:
+                Path(path).touch()
+        job = {"ranks": [[*map(str, flags)] for flags in ranks], "program": str(program)}
+        job |= {"env": place, "files": files, "within": within, "machines": machines}
+        process.stdin.write(json.dumps(job) + "\n")
+        process.stdin.flush()
+        codes = json.loads(process.stdout.readline())
+        said = [[Path(path).read_text() for path in names[1:]] for names in files]
+        return [(code, out, err) for code, (out, err) in zip(codes, said)]
+
+    yield run
+    process.stdin.close()
+    process.wait(30)
+
+
+def errors_of(err):
+    return [line for line in err.splitlines() if line.startswith("error:")]
 
 
 # ------------------------------------------------------------------------------------ the same logits
@@ -208,26 +247,36 @@ def greedy(tokens, weights, params, new):
     )
 
 
-@pytest.mark.parametrize("N", [2, 4, 8])
-def test_logits_and_tokens_are_those_of_one_process(folders, tmp_path, N):
-    """For every layout: fewer, as many and more processes than shards and than key/value heads."""
-    tokens = some_tokens(SMALL, B=2, T=20)
-    new = {name: 100 if name == "1 shards" else 3 for name in folders}
-    job = {
-        "folders": {str(folders[name]): new[name] for name in folders},
-        "tokens": tokens.tolist(),
-    }
-    (tmp_path / "job").write_text(json.dumps(job))
-    worker = ROOT / "tests" / "parallel_worker.py"
-    code, _, err, _ = finished(torchrun(N, worker, tmp_path / "job", tmp_path / "out"), within=300)
-    assert code == 0, err
-    found = load_file(tmp_path / "out")
-    for n, (name, folder) in enumerate(folders.items()):
+TOKENS = some_tokens(SMALL, B=2, T=20)
+
+
+@pytest.fixture(scope="module")
+def of_one_process(folders):
+    """The logits and the new tokens that one process gives, for every folder."""
+    expected = {}
+    for name, folder in folders.items():
         weights, params, _ = llama.load_model(folder)
+        new = 100 if name == "1 shards" else 3
         with torch.no_grad():
-            expected = llama.forward(tokens, weights, params)
-        assert relative_error(found[f"{n}.logits"], expected) < 1e-6, name
-        assert torch.equal(found[f"{n}.new"], greedy(tokens, weights, params, new[name])), name
+            logits = llama.forward(TOKENS, weights, params)
+        expected[name] = logits, greedy(TOKENS, weights, params, new)
+    return expected
+
+
+@pytest.mark.parametrize("N", [2, 4, 8])
+def test_logits_and_tokens_are_those_of_one_process(folders, of_one_process, forks, tmp_path, N):
+    """For every layout: fewer, as many and more processes than shards and than key/value heads."""
+    many = 100 if N == 2 else 30
+    news = {name: min(len(new), many) for name, (_, new) in of_one_process.items()}
+    job = {"folders": {str(folders[name]): news[name] for name in news}, "tokens": TOKENS.tolist()}
+    (tmp_path / "job").write_text(json.dumps(job))
+    flags = (tmp_path / "job", tmp_path / "out")
+    for code, _, err in forks(*[flags] * N, program=WORKER, within=300):
+        assert code == 0, err
+    found = load_file(tmp_path / "out")
+    for n, (name, (logits, new)) in enumerate(of_one_process.items()):
+        assert relative_error(found[f"{n}.logits"], logits) < 1e-6, name
+        assert torch.equal(found[f"{n}.new"], new[: news[name]]), name
 
 
 def test_each_process_holds_its_share_and_no_more(tmp_path):
@@ -240,8 +289,7 @@ def test_each_process_holds_its_share_and_no_more(tmp_path):
     ]
     job = {"folders": {str(folder): 0 for folder in folders}, "tokens": [[1]]}
     (tmp_path / "job").write_text(json.dumps(job))
-    worker = ROOT / "tests" / "parallel_worker.py"
-    code, _, err, _ = finished(torchrun(4, worker, tmp_path / "job", tmp_path / "out"))
+    code, _, err, _ = finished(torchrun(4, WORKER, tmp_path / "job", tmp_path / "out"))
     assert code == 0, err
     weights = llama.load_model(folders[0])[0]
     whole = sum(w.nbytes for w in weights.values())
@@ -315,17 +363,18 @@ def test_one_process_under_torchrun_is_like_none(script):
     assert (code, out) == (0, script("Once upon a time", "--show", "none").stdout), err
 
 
-def test_prompts_from_stdin_and_from_a_file(script, tmp_path):
+def test_prompts_from_stdin_and_from_a_file(script, forks, tmp_path):
     prompts = "Once upon a time\nHi\n\u00e9\n"
     (tmp_path / "prompts").write_text(prompts)
     flags = ("--dtype", "float32", "--max-new-tokens", "20")
     alone = script("--prompts", tmp_path / "prompts", *flags).stdout
-    for given, input in ((tmp_path / "prompts", ""), ("-", prompts)):
-        code, out, err, _ = finished(torchrun(2, SCRIPT, "--prompts", given, *flags), input)
-        assert (code, out) == (0, alone), err
+    code, out, err, _ = finished(torchrun(2, SCRIPT, "--prompts", "-", *flags), prompts)
+    assert (code, out) == (0, alone), err
+    (first, other) = forks(*[("--prompts", tmp_path / "prompts", *flags)] * 2)
+    assert first[:2] == (0, alone) and other[:2] == (0, ""), first[2] + other[2]
 
 
-def test_process_0_decides_what_is_drawn(tmp_path):
+def test_process_0_decides_what_is_drawn(forks, tmp_path):
     """Without a seed each process would draw something else; all must go on from the same tokens."""
     worker = tmp_path / "worker.py"
     worker.write_text(
@@ -338,8 +387,8 @@ def test_process_0_decides_what_is_drawn(tmp_path):
         "flags = ['Hi', '--temperature', '9', '--max-new-tokens', '50', '--show', 'none']\n"
         "sys.exit(parallel.run_together(l.parse_arguments, flags, run))\n"
     )
-    code, _, err, _ = finished(torchrun(2, worker), within=60)
-    assert code == 0, err
+    for code, _, err in forks((), (), program=worker, within=60):
+        assert code == 0, err
 
 
 def test_a_conversation_at_a_terminal():
@@ -373,14 +422,12 @@ def test_a_conversation_at_a_terminal():
     assert "Zoe" in out.splitlines()[-1] and err.count("type a prompt") == 1
 
 
-def test_trace_is_that_of_one_process(script, folders, tmp_path):
+def test_trace_is_that_of_one_process(script, folders, forks, tmp_path):
     folder, flags = folders["1 shards"], ("--show", "none", "--max-new-tokens", "0")
     script("Hi", "--weights", folder, "--save-trace", tmp_path / "one", *flags)
     trace = tmp_path / "four"
-    code, _, err, _ = finished(
-        torchrun(4, SCRIPT, "Hi", "--weights", folder, "--save-trace", trace, *flags)
-    )
-    assert code == 0, err
+    for code, _, err in forks(*[("Hi", "--weights", folder, "--save-trace", trace, *flags)] * 4):
+        assert code == 0, err
     one, four = load_file(tmp_path / "one"), load_file(trace)
     assert one.keys() == four.keys()
     for name in one:
@@ -393,6 +440,7 @@ def test_trace_is_that_of_one_process(script, folders, tmp_path):
 
 def test_compiled(script):
     flags = ("Once upon a time", "--dtype", "float32", "--show", "none", "--max-new-tokens", "30")
+    flags += ("--layers", "2")
     code, out, err, _ = finished(torchrun(2, SCRIPT, *flags, "--compile"), within=300)
     assert (code, out) == (0, script(*flags).stdout), err
     assert err.count("compiled the step") == 1
@@ -401,19 +449,25 @@ def test_compiled(script):
 # ------------------------------------------------------------------------------------ what goes wrong
 
 
-def test_one_clear_line(tmp_path, checkpoint):
+def test_one_clear_line(tmp_path, checkpoint, forks):
     """Errors that all processes find are told once, by process 0."""
+    flags = ("Hi", "--sho", "all")
+    code, out, err, errors = finished(torchrun(4, SCRIPT, *flags), within=60)
+    assert code != 0 and not out and len(errors) == 1, err
+    assert "unrecognized arguments: --sho all (--help shows what there is)" in errors[0]
     for flags, message in (
         (("Hi", "--weights", tmp_path / "nothing"), "nothing: no such file or folder"),
         (
             ("Hi", "--weights", checkpoint(n_heads=6, n_kv_heads=6, dim=48)),
             "4 processes cannot share 6 heads",
         ),
-        (("Hi", "--sho", "all"), "unrecognized arguments: --sho all (--help shows what there is)"),
     ):
-        code, out, err, errors = finished(torchrun(4, SCRIPT, *flags), within=60)
-        assert code != 0 and not out and len(errors) == 1 and message in errors[0], err
-        assert "process " not in errors[0].partition("cannot")[0].replace("4 processes", "")
+        found = forks(*[flags] * 4, within=60)
+        err = "".join(err for _, _, err in found)
+        assert all(code != 0 and not out for code, out, _ in found)
+        (error,) = errors_of(err)
+        assert message in error, err
+        assert "process " not in error.partition("cannot")[0].replace("4 processes", "")
 
 
 @pytest.fixture
@@ -493,7 +547,7 @@ def test_help_is_told_once_and_quickly():
     assert (code, errors) == (0, []) and out.count("usage:") == 1 and "answer" not in err
 
 
-def test_a_mistake_of_ours_shows(tmp_path):
+def test_a_mistake_of_ours_shows(forks, tmp_path):
     """Whichever process makes it: a traceback, not only that the others lost it."""
     worker = tmp_path / "worker.py"
     worker.write_text(
@@ -501,8 +555,10 @@ def test_a_mistake_of_ours_shows(tmp_path):
         "def run(args):\n    assert processes()[0] == 0, 'a mistake'\n    torch.distributed.barrier()\n"
         "parallel.run_together(commandline.parse_arguments, ['Hi'], run)\n"
     )
-    code, _, err, errors = finished(torchrun(2, worker), within=60)
-    assert code != 0 and "AssertionError: a mistake" in err and len(errors) == 1
+    found = forks((), (), program=worker, within=60)
+    err = "".join(err for _, _, err in found)
+    assert all(code != 0 for code, _, _ in found)
+    assert "AssertionError: a mistake" in err and len(errors_of(err)) == 1
 
 
 def test_a_process_or_a_machine_hangs(endless):
@@ -565,7 +621,7 @@ def test_two_machines(script):
 
 
 @pytest.mark.parametrize("fault", ["shard", "a matrix", "params", "flags", "program"])
-def test_machines_that_differ(tmp_path, fault):
+def test_machines_that_differ(tmp_path, forks, fault):
     sizes = [SMALL, SMALL | ({"rope_theta": 10000.0} if fault == "params" else {})]
     here, there = (random_checkpoint(tmp_path / f"{n}", sizes[n], shards=2) for n in range(2))
     if fault == "shard":
@@ -578,12 +634,15 @@ def test_machines_that_differ(tmp_path, fault):
     flags = [
         ("Hi", "--weights", folder, "--max-new-tokens", n) for folder, n in zip((here, there), new)
     ]
-    scripts = [SCRIPT, SCRIPT]
     if fault == "program":
         shutil.copytree(ROOT / "parts", tmp_path / "parts")
-        scripts[1] = tmp_path / SCRIPT.name
-        scripts[1].write_text(SCRIPT.read_text() + "# another version\n")
-    found, took = two_nodes(*flags, scripts)
+        other = tmp_path / SCRIPT.name
+        other.write_text(SCRIPT.read_text() + "# another version\n")
+        found, took = two_nodes(*flags, (SCRIPT, other))
+    else:
+        began = time.monotonic()
+        found = [(*said, errors_of(said[2])) for said in forks(*flags, machines=True, within=90)]
+        took = time.monotonic() - began
     expected = {
         "shard": r"process 1 of 2 on \S+: .*1/consolidated.0\d.pth|expected shape",
         "a matrix": r"process 1 on \S+ has another weights than process 0",

@@ -170,29 +170,16 @@ def test_weights_that_are_not_there(tmp_path, capsys, monkeypatch):
         assert re.fullmatch(said, capsys.readouterr().err) and not out.exists()
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"tied": True},
-        {
-            "n_heads": 6,
-            "n_kv_heads": 6,
-            "dim": 96,
-            "n_layers": 2,
-            "use_scaled_rope": False,
-            "shards": 2,
-        },
-    ],
-)
-def test_other_weights(checkpoint, tmp_path, changes):
+def test_other_weights(checkpoint, tmp_path, monkeypatch, capsys):
     """Random weights of other sizes go through; from another folder too its links lead somewhere."""
-    folder, out = checkpoint(**changes), tmp_path / "elsewhere" / "theirs.md"
+    sizes = {"n_heads": 6, "n_kv_heads": 6, "dim": 96, "n_layers": 2, "use_scaled_rope": False}
+    folder, out = checkpoint(tied=True, shards=2, **sizes), tmp_path / "elsewhere" / "theirs.md"
     before = {
         path: path.read_bytes()
         for path in (ROOT / "walkthrough.md", *(ROOT / "walkthrough").glob("*.svg"))
     }
-    run = builder("--weights", folder, "--out", out)
-    assert run.returncode == 0, run.stderr
+    monkeypatch.chdir(ROOT)
+    assert build.main(["--weights", str(folder), "--out", str(out)]) == 0, capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in before}
     text = out.read_text(encoding="utf-8")
     check_links(text, out.parent)

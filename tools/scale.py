@@ -2,9 +2,10 @@
 
     python tools/scale.py > tools/scale.md
 
-One row of tokens, decoded by N GPUs that each hold 1/N of every matrix (tensor parallelism as in Megatron-LM,
-Shoeybi et al. 2019): whole heads, a slice of F, a slice of V. A step reads each GPU's weights and keys and
-values once, and sums x over the GPUs twice a layer. All assumptions stand in the two tables below.
+One row of tokens, decoded by N GPUs that each hold 1/N of every matrix but the embedding, and all of that
+(tensor parallelism as in Megatron-LM, Shoeybi et al. 2019): whole heads, a slice of F, a slice of V. A step
+reads each GPU's weights and keys and values once, and sums x over the GPUs twice a layer. All assumptions
+stand in the two tables below.
 """
 
 import math
@@ -51,7 +52,7 @@ GPUS = {
     "H200": (141, 4800, 450, 50),
 }
 SHARE = 0.69  # of the memory's bandwidth that a step reaches: 8B on one A100 in gpt-fast
-LATENCY = 34e-6  # seconds that a sum over the GPUs of a node takes beside its bytes: 8B on eight A100s there
+LATENCY = 35e-6  # seconds that a sum over the GPUs of a node takes beside its bytes: 8B on eight A100s there
 FAR = 20e-6  # seconds more where it crosses nodes: an assumption
 NODE, POSITIONS = 8, 8192  # GPUs of a node; tokens in the cache
 OTHER = 2  # GB a GPU for all else
@@ -71,31 +72,28 @@ FITTED = (
 
 
 def sizes(model):
-    """All params, and the bytes of all weights and of those that a step reads."""
+    """All params, and the bytes of the embedding, which everyone holds, and of what is cut into shares."""
     params = fill_params(MODELS[model] | {"n_kv_heads": 8, "vocab_size": 128256, "norm_eps": 1e-5})
     whole = {name: WIDTH * math.prod(shape) for name, shape in weight_shapes(params).items()}
-    return (
-        params,
-        sum(whole.values()),
-        sum(whole.values()) - whole["tok_embeddings.weight"],
-    )  # it reads a row
+    embedding = whole.pop("tok_embeddings.weight")
+    return params, embedding, sum(whole.values())
 
 
 def step(model, gpu, N, positions=POSITIONS):
     """Of one GPU of N: bytes of memory, bytes read, messages and their bytes, seconds to read and to sum."""
-    params, held, read = sizes(model)
+    params, embedding, shared = sizes(model)  # of the embedding a step reads a row
     _, bandwidth, near, far = GPUS[gpu]
     heads = max(1, params["n_kv_heads"] // N)  # some are held twice
     cache = 2 * WIDTH * params["n_layers"] * heads * params["head_dim"] * positions
-    sums = 2 * params["n_layers"] + 1  # of x: after wo, after w2, and of the embedding
+    sums = 2 * params["n_layers"]  # of x: after wo, after w2
     messages = sums + 2 if N > 1 else 0  # and of the logits, in float32, and of the token
     summed = sums * WIDTH * params["dim"] + 4 * params["vocab_size"] + 8
     moved = summed * 2 * (N - 1) / N  # a ring sends each number twice, less its own part
-    reading = (read / N + cache) / (SHARE * bandwidth * 1e9)
+    reading = (shared / N + cache) / (SHARE * bandwidth * 1e9)
     link, wait = (far, LATENCY + FAR) if N > NODE else (near, LATENCY)
     return (
-        held / N + cache + OTHER * 1e9,
-        read / N + cache,
+        shared / N + embedding + cache + OTHER * 1e9,
+        shared / N + cache,
         messages,
         moved,
         reading,
@@ -160,10 +158,10 @@ Computed by `python tools/scale.py > tools/scale.md`. Nothing here was measured 
 ## Assumptions
 
 Every GPU holds 1/N of each matrix and of the keys and values (above 8 GPUs each of the 8 heads is held by
-several). A step reads them once at {SHARE:.0%} of the memory's bandwidth. After `wo` and `w2`
-the GPUs sum D numbers, once more for the embedding; at the end V logits in float32 and the token. Each of
-these messages takes {near:.0f} µs within a node of {NODE} GPUs, {far:.0f} µs across nodes, and the time of
-its bytes. Nothing overlaps. {OTHER} GB a GPU are for all else.
+several), and all of the embedding, of which a token reads one row. A step reads the rest once at {SHARE:.0%}
+of the memory's bandwidth. After `wo` and `w2` the GPUs sum D numbers; at the end V logits in float32 and the
+token. Each of these messages takes {near:.0f} µs within a node of {NODE} GPUs, {far:.0f} µs across nodes, and
+the time of its bytes. Nothing overlaps. {OTHER} GB a GPU are for all else.
 
 | | memory | bandwidth | to the same node | to another node |
 | --- | ---: | ---: | ---: | ---: |
