@@ -55,7 +55,8 @@ def ask(capsys, folder, file, *flags):
 
 
 SPECIAL = {"the RoPE scaling factor is 8": {"rope_scaling_factor": 32}, "wk is transposed": {"n_kv_heads": 8},
-           "wv is transposed": {"n_kv_heads": 8}}  # fmt: skip
+           "wv is transposed": {"n_kv_heads": 8},
+           "RoPE is scaled, as from Llama 3.1 on": {"use_scaled_rope": False}}  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
