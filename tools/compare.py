@@ -34,7 +34,7 @@ from llama3_from_scratch import encode, load_model
 from parts import printable, vocabulary
 from parts.layouts import free_memory
 from parts.programs import flags_of, run_program
-from tools import dumps
+from tools import angles, dumps
 from tools.mistakes import MISTAKES, pass_with
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -157,15 +157,18 @@ def difference(x, y):
     x, y = aligned(x, y)
     same = (x == y) & x.isinf()
     apart = (x - y).abs().masked_fill(same, 0)
-    at = [int(n) for n in torch.unravel_index(apart.argmax(), apart.shape)]
-    flat = (x.masked_fill(same, 0).flatten(), y.masked_fill(same, 0).flatten())
+    at, rest = [], int(apart.argmax())
+    for size in reversed(apart.shape):
+        rest, n = divmod(rest, size)
+        at.insert(0, n)
+    a, b = x.masked_fill(same, 0), y.masked_fill(same, 0)
     return {
         "relative": relative_error(x, y),
         "absolute": apart.max().item(),
         "at": at,
         "theirs": x[tuple(at)].item(),
         "ours": y[tuple(at)].item(),
-        "cosine": torch.nn.functional.cosine_similarity(*flat, 0).item(),
+        "cosine": ((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-30)).item(),
     }
 
 
@@ -264,10 +267,10 @@ def diagnose(theirs, tokens, model, tolerances, right, most=5):
     def span_of(name):
         return next(span for span in spans if holds(span, name))
 
-    def errors_in(span, mistakes):
-        key = (span, *mistakes)
+    def errors_in(span, mistakes, until=None):
+        key = (span, until, *mistakes)
         if key not in known:
-            known[key] = errors_of(mistakes, theirs, tokens, model, span, tolerances)
+            known[key] = errors_of(mistakes, theirs, tokens, model, span, tolerances, until)
         return known[key]
 
     def enough(name, mistakes):
@@ -290,19 +293,19 @@ def diagnose(theirs, tokens, model, tolerances, right, most=5):
         span = span_of(first)
         others = [name for name in MISTAKES if name not in made]
 
-        def explains(pair, first=first, span=span, made=made):
-            mistakes = [*made, *pair]
-            if len(pair) == 1:
-                error = errors_in(span, mistakes)[first]
-            else:
-                error = errors_of(mistakes, theirs, tokens, model, span, tolerances, first)[first]
-            return error <= enough(first, mistakes)
+        until = None if given_up else first  # later on one pass serves for several tensors
+
+        def error_with(pair, first=first, span=span, until=until, made=made):
+            return errors_in(span, [*made, *pair], until)[first]
+
+        def explains(pair, first=first, made=made):
+            return error_with(pair) <= enough(first, [*made, *pair])
 
         found = [(name,) for name in others if explains((name,))]
         untried = 0
         if not found and not given_up:  # two in the same place?
-            before = errors_in(span, made)[first]
-            touching = [n for n in others if errors_in(span, [*made, n])[first] != before]
+            before = error_with(())
+            touching = [name for name in others if error_with((name,)) != before]
             pairs = list(itertools.combinations(touching, 2))
             if len(pairs) * work_of(span, tokens, model[1]) > PAIRS_WORTH:
                 pairs, untried = [], len(pairs)
@@ -712,6 +715,12 @@ def compared(args, theirs, called, about, trace, tokens, model):
     differing = [name for name, d in differences.items() if d["relative"] > tolerances[name]]
     if differing and not steps:
         steps = [{"first": differing[0], "mistakes": [], "until": differing[0], "adds up": True}]
+    for step in steps:
+        plain = step["first"].removesuffix("_rotated")
+        if plain != step["first"] and plain in ways and not step["mistakes"]:
+            exact = 1e-4 if dtype == torch.float32 else 0.02
+            pair = ways[plain][0], ways[step["first"]][0]
+            step["measured"] = angles.what_turns(*pair, model[1], exact)
     for name, d in differences.items():
         d["step"] = own_errors[name]
         wrong = d["step"] > of_steps[name]
@@ -809,6 +818,8 @@ def explained(step, found, params, args):
             f"  {step['untried']:,} pairs of mistakes were not tried, for that takes long: a dump of more "
             "tensors needs fewer"
         )
+    if step.get("measured"):
+        lines.append(f"  Measured from your tensors: {step['measured']}.")
     small = d["relative"] < 0.03 and found["dtype"] == "float32" and not args.dtype
     before = [it["step"] for it in found["tensors"].values() if it["verdict"] == "ok"]
     if not step["mistakes"] and small and not (before and max(before) < 1e-6):
@@ -849,7 +860,7 @@ def table(differences, steps, every):
             kinds = {differences[name]["verdict"] for name in held}
             worst = max(held, key=lambda name: differences[name]["relative"])
             kind = next(kind for kind in ("DIFFERS", "follows", "ok") if kind in kinds)
-            words = f"{len(held)} tensors, the worst is {worst.removeprefix(row[0] + '.')}"
+            words = f"{len(held)} tensor{'s' * (len(held) > 1)}, the worst is {worst.removeprefix(row[0] + '.')}"
             rows[n] = (row[0], kind, f"{differences[worst]['relative']:.1e}", words, "", "")
     head = ("tensor", "", "error", "largest at", "theirs", "here")
     widths = [

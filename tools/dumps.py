@@ -255,11 +255,24 @@ def expanded(names: dict[str, str], held: Tensors, source: str, params: Params) 
     return found
 
 
+def without_a_wrapper(held: Tensors) -> Tensors:
+    """Tensors in a dict in a dict, {"trace": {…}}, lose the outer name, if nobody's names begin so."""
+    first = {name.partition(".")[0] for name in held}
+    known = {pattern.partition(".")[0] for pattern in TABLE} | {
+        "model",
+        "hidden_states",
+        *naming.WRAPPERS,
+    }
+    if len(first) == 1 and not first & known and all("." in name for name in held):
+        return {name.partition(".")[2]: x for name, x in held.items()}
+    return held
+
+
 def recognise(
     held: Tensors, names: dict[str, str], source: str, params: Params
 ) -> tuple[Tensors, dict[str, str]]:
     """The tensors under the script's names, and what each was called. What is not known keeps its name."""
-    held = unstacked(held, params)
+    held = unstacked(without_a_wrapper(held), params)
     mapped = expanded(names, held, source, params)
     traced = {*traced_names(params), "tokens"}
     found: Tensors = {}
@@ -292,7 +305,9 @@ def recognise(
 
 def in_halves(called: Iterable[str]) -> bool:
     """Are these names of a project whose q and k hold the first half of all pairs, then the second?"""
-    return any(re.search(r"self_attn\.[qk]_proj|W_(query|key)|past_key_values", it) for it in called)
+    return any(
+        re.search(r"self_attn\.[qk]_proj|W_(query|key)|past_key_values", it) for it in called
+    )
 
 
 def check_numbers(source: str, theirs: Tensors, known: list[str]) -> None:
