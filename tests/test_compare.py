@@ -389,13 +389,16 @@ def hooked(model):
     return held
 
 
+TEXT = "In a hole in the ground there lived a ll"  # these tokenizers have a token for each letter
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """A folder with a model, the model, and token ids."""
     folder = random_checkpoint(tmp_path_factory.mktemp("small"), SIZES, dtype=torch.float32)
     weights, params, tokenizer = llama.load_model(folder)
     begin = llama.special(tokenizer, "begin_of_text")
-    return folder, weights, params, torch.tensor([[begin, *range(30, 69)]])
+    return folder, weights, params, torch.tensor([[begin, *llama.encode(tokenizer, TEXT)]])
 
 
 def dump_of_transformers(small):
@@ -545,8 +548,8 @@ def test_kinds_of_files(small, tmp_path, capsys):
         code, found = ask(capsys, folder, tmp_path / name)
         assert code == 0 and len(found["tensors"]) == len(trace) - 1, (name, found)
     numpy.save(tmp_path / "logits.npy", arrays["logits"])
-    code, found = ask(capsys, folder, tmp_path / "logits.npy", "--prompt", "!" * 39)
-    assert code == 1 and list(found["tensors"]) == ["logits"]
+    code, found = ask(capsys, folder, tmp_path / "logits.npy", "--prompt", TEXT)
+    assert code == 0 and list(found["tensors"]) == ["logits"]
 
 
 class Evil:
@@ -699,6 +702,5 @@ def test_16_bits_say_what_they_cannot_show(ported, mistake, capsys):
         compare.main([str(file), "--weights", str(folder)])
         assert "known mistakes would not show in it" in capsys.readouterr().out.splitlines()[1]
     else:
-        (step,) = found["steps"]
-        assert code == 1 and mistake in step["mistakes"] and len(step["mistakes"]) <= 2
-        assert step.get("below", False) == (mistake == "norm eps is 1e-6")
+        named = [name for step in found["steps"] for name in step["mistakes"]]
+        assert mistake in named or (not named and mistake in found["hidden"])

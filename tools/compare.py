@@ -249,7 +249,7 @@ def in_words(place):
 
 # ------------------------------------------------------------------------------------ what it looks like
 
-PAIRS_WORTH = 3e12  # multiplications; a laptop does them in some minutes
+PAIRS_WORTH = 1e12  # multiplications; a laptop does them in a minute or two
 
 
 def diagnose(theirs, tokens, model, tolerances, right, most=5):
@@ -304,11 +304,16 @@ def diagnose(theirs, tokens, model, tolerances, right, most=5):
         found = [(name,) for name in others if explains((name,))]
         untried = 0
         if not found and not given_up:  # two in the same place?
+            # With one of two mistakes made here too, what is left is the other's: not more than before.
             before = error_with(())
-            touching = [name for name in others if error_with((name,)) != before]
+            errors_by_name = {name: error_with((name,)) for name in others}
+            touching = [n for n, e in errors_by_name.items() if e != before and e < 1.5 * before]
             pairs = list(itertools.combinations(touching, 2))
             if len(pairs) * work_of(span, tokens, model[1]) > PAIRS_WORTH:
                 pairs, untried = [], len(pairs)
+            if len(pairs) > 200:
+                words = f"no known mistake gives {first}: {len(pairs):,} pairs of two are tried"
+                print(words, file=sys.stderr, flush=True)
             found = [pair for pair in pairs if explains(pair)]
         reach = {pair: next_wrong([*made, *pair]) for pair in found}
         furthest = max(map(place, reach.values()), default=-1)

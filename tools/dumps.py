@@ -251,6 +251,8 @@ def expanded(names: dict[str, str], held: Tensors, source: str, params: Params) 
             if new not in traced:
                 shown = printable(new, 100)
                 raise ValueError(f"--map: the script traces no tensor called {shown}")
+            if new in found.values():
+                raise ValueError(f"{source}: with --map two tensors are called {new}")
             found[hit[0]] = new
     return found
 
@@ -349,10 +351,15 @@ def positions_in(theirs: Tensors, params: Params) -> int:
     lengths = set()
     for name in traced_names(params):
         width = width_of(name, params)
-        if name in theirs and width and theirs[name].numel() % width == 0:
-            positions = theirs[name].numel() // width
-            if positions and not (positions == 1 and name in ("norm", "logits")):
-                lengths.add(positions)
+        if name not in theirs or not width:
+            continue
+        shape = tuple(theirs[name].shape)
+        per_head = name.endswith(("q", "q_rotated", "heads")) and params["head_dim"] in shape
+        if shape[-1:] != (width,) and not per_head:
+            continue
+        positions = theirs[name].numel() // width
+        if positions and not (positions == 1 and name in ("norm", "logits")):
+            lengths.add(positions)
     return min(lengths, default=0)
 
 
