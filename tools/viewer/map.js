@@ -1,7 +1,7 @@
 // The pass as a drawing, made from the trace's own names and dims: one layer unrolled, the others as a strip.
 
 import {$, element} from "./dom.js";
-import {LENS, dimsOf, inputsOf, layerOf, partOf} from "./model.js";
+import {LENS, dimsOf, inLayer, inputsOf, layerOf, partOf} from "./model.js";
 import {choose, chooseLayer, current, infoOf, layers, now, watchChoice} from "./state.js";
 
 const WIDTH = 292, LANE = 284, NODE = 84, HIGH = 46, GAP = 14, ROW = HIGH + GAP, TURN = 6;
@@ -65,13 +65,15 @@ function pathOf([x, y], [u, v]) {
     + `q0 ${TURN} ${-TURN} ${TURN} H${u + NODE}`;
 }
 
+// What comes in from a layer that is not drawn comes through the strip: from above, or from the layer's end.
+const standsFor = name => inLayer(name) ? "tok_embeddings" : `layers.${layer}.out`;
+
 function edgesOf(nodes) {
   const svg = document.createElementNS(SVG, "svg");
   const at = new Map(nodes.map(([name, x, y]) => [name, [x, y]]));
   svg.setAttribute("aria-hidden", "true");
   for (const [name, x, y] of nodes) for (const input of inputsOf(name, now.names)) {
-    const behindStrip = partOf(input) === "out" ? at.get("tok_embeddings") : undefined;
-    const from = at.get(input) ?? behindStrip;
+    const from = at.get(input) ?? at.get(standsFor(name));
     if (!from) continue;
     const path = document.createElementNS(SVG, "path");
     path.setAttribute("d", pathOf(from, [x, y]));
