@@ -599,6 +599,9 @@ def test_the_map_is_drawn_from_the_trace(page, trace, tmp_path):
     assert found.keys() == names - {"lens.ids", "lens.probs"} | {"logit lens"}
     for name in found.keys() - {"logit lens"}:
         assert "×".join(map(str, held[name].shape)) in found[name]
+    letters = page.eval_on_selector_all("#map .sizes span", "all => all.map(x => x.textContent)")
+    known = {"D 256", "H 8", "K 2", "G 4", "E 32", "F 704", "V 1280", "L 4", "B 1"}
+    assert known <= set(letters)
     page.click("#map [data-tensor='layers.2.feed_forward.gate']")
     page.wait_for_selector("#picture[aria-busy=false]")
     assert chosen(page)[0] == "layers.2.feed_forward.gate"

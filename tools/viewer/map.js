@@ -1,7 +1,7 @@
 // The pass as a drawing, made from the trace's own names and dims: one layer unrolled, the others as a strip.
 
 import {$, element} from "./dom.js";
-import {LENS, dimsOf, inLayer, inputsOf, layerOf, partOf} from "./model.js";
+import {LENS, LETTERS, dimsOf, inLayer, inputsOf, layerOf, partOf, sizesOf} from "./model.js";
 import {choose, chooseLayer, current, infoOf, layers, now, watchChoice} from "./state.js";
 
 const WIDTH = 292, LANE = 284, NODE = 84, HIGH = 46, GAP = 14, ROW = HIGH + GAP, TURN = 6;
@@ -83,6 +83,13 @@ function edgesOf(nodes) {
   return svg;
 }
 
+function sizes() {
+  const found = sizesOf(current()), line = element("div", {className: "sizes"});
+  for (const [letter, meaning] of Object.entries(LETTERS))
+    if (found[letter]) line.append(element("span", {title: meaning}, `${letter} ${found[letter]}`));
+  return line;
+}
+
 function draw() {
   const start = placed(START, part => part, 4);
   const middle = placed(PLACES, part => `layers.${layer}.${part}`, start.bottom + (layers() ? 40 : 0));
@@ -92,7 +99,7 @@ function draw() {
   if (layers()) pass.append(stripOf(start.bottom + 4));
   Object.assign(pass.style, {width: `${WIDTH}px`, height: `${end.bottom}px`});
   const scrolled = $("map").scrollTop;
-  $("map").replaceChildren(pass);
+  $("map").replaceChildren(sizes(), pass);
   $("map").scrollTop = scrolled;
   drawn = wanted();
 }

@@ -65,6 +65,11 @@ export function inputsOf(name, names) {  // those of `names` that a tensor is ma
 }
 export const outputsOf = (name, names) => names.filter(other => inputsOf(other, names).includes(name));
 
+export const LETTERS = {
+  B: "batch", T: "tokens", S: "positions looked at", D: "model dim", H: "query heads", K: "key/value heads",
+  G: "query heads that share a key/value head", E: "head dim", F: "feed-forward dim", V: "vocabulary", L: "layers",
+};
+
 // What each letter of the dims is in a trace, such as {B: 1, T: 9, D: 256, H: 8}; G = H / K, L layers.
 export function sizesOf(trace) {
   const sizes = {L: layerCount([...trace.tensors.keys()])};
