@@ -116,6 +116,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="write every tensor of the prompt's pass, as .safetensors",
     )
     add(
+        "--view",
+        metavar="FILE.html",
+        nargs="?",
+        const="view.html",
+        help="look at the prompt's pass in a browser: a page to keep and share (default: view.html)",
+    )
+    add(
         "--break-at",
         metavar="NAME",
         action="append",
@@ -143,8 +150,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             wrong(f"--{flag.replace('_', '-')} {value}: must be from {low} to {high}")
     if args.system is not None and not args.chat:
         wrong("--system needs --chat")
-    if args.prompts is not None and (args.prompt is not None or args.break_at or args.save_trace):
-        wrong("--prompts goes without a prompt, --break-at and --save-trace")
+    looked_at = args.break_at or args.save_trace or args.view
+    if args.prompts is not None and (args.prompt is not None or looked_at):
+        wrong("--prompts goes without a prompt, --break-at, --save-trace and --view")
+    if args.view is not None and not args.view.endswith((".html", ".htm")):
+        wrong(f"--view {args.view}: a file that ends in .html; the prompt stands before --view")
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -353,6 +363,11 @@ def run(args: argparse.Namespace) -> None:
 
         about = {"prompt": prompts[0], "weights": args.weights}
         save_trace(args.save_trace, torch.tensor([ids], device=args.device), model, about)
+    if args.view is not None:
+        from parts.view import view
+
+        about = {"prompt": prompts[0], "weights": args.weights}
+        view(args.view, torch.tensor([ids], device=args.device), model, about)
     how(ids, llama.make_cache(weights, params, 1), 0)
 
 
