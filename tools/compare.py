@@ -22,6 +22,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -31,7 +32,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run by its path
 from llama3_from_scratch import encode, load_model
-from parts import printable, vocabulary
+from parts import inside, printable, view, vocabulary
 from parts.layouts import free_memory
 from parts.programs import flags_of, run_program
 from tools import angles, dumps
@@ -252,7 +253,7 @@ def in_words(place):
 PAIRS_WORTH = 1e12  # multiplications; a laptop does them in a minute or two
 
 
-def diagnose(theirs, tokens, model, tolerances, right, most=5):
+def diagnose(theirs, tokens, model, bounds, right, most=5):
     """Which known mistakes, one after another, give the other file's tensors?
 
     right: the errors of all steps from the dump's own tensors. Returns a list of steps: {"first": name of the first tensor that differs though what it is made from is taken
@@ -270,19 +271,21 @@ def diagnose(theirs, tokens, model, tolerances, right, most=5):
     def errors_in(span, mistakes, until=None):
         key = (span, until, *mistakes)
         if key not in known:
-            known[key] = errors_of(mistakes, theirs, tokens, model, span, tolerances, until)
+            allowed = bounds(made)
+            known[key] = errors_of(mistakes, theirs, tokens, model, span, allowed, until)
         return known[key]
 
-    def enough(name, mistakes):
+    def enough(name, mistakes, allowed):
         """How near is near? Rounding to bfloat16 on purpose need only come five times as near as before."""
         if any("bfloat16" in mistake for mistake in mistakes):
-            return max(tolerances[name], min(right[name] / 5, 5e-3))
-        return tolerances[name]
+            return max(allowed[name], min(right[name] / 5, 5e-3))
+        return allowed[name]
 
     def next_wrong(mistakes):
+        allowed = bounds(mistakes)
         for span in spans:
             for name, error in errors_in(span, mistakes).items():
-                if error > enough(name, mistakes) and name not in given_up:
+                if error > enough(name, mistakes, allowed) and name not in given_up:
                     return name
 
     def place(name):
@@ -299,7 +302,7 @@ def diagnose(theirs, tokens, model, tolerances, right, most=5):
             return errors_in(span, [*made, *pair], until)[first]
 
         def explains(pair, first=first, made=made):
-            return error_with(pair) <= enough(first, [*made, *pair])
+            return error_with(pair) <= enough(first, [*made, *pair], bounds(made))
 
         found = [(name,) for name in others if explains((name,))]
         untried = 0
@@ -328,6 +331,7 @@ def diagnose(theirs, tokens, model, tolerances, right, most=5):
             first = next_wrong(made)
             continue
         best = [pair for pair, name in reach.items() if place(name) == furthest]
+        best = nearest(best, {pair: error_with(pair) for pair in best})
         for n, mistake in enumerate(best[0]):
             alike = [pair[n] for pair in best] if len(best[0]) == 1 else [mistake]
             last = n == len(best[0]) - 1
@@ -336,6 +340,13 @@ def diagnose(theirs, tokens, model, tolerances, right, most=5):
         made = [*made, *best[0]]
         first = reach[best[0]]
     return steps
+
+
+def nearest(mistakes, errors):
+    """Those of some mistakes that come nearest to a tensor; more than one if there is little between them."""
+    best = min(errors.values())
+    near = [it for it in mistakes if errors[it] <= max(1.02 * best, 1e-6)]
+    return sorted(near, key=lambda it: errors[it] > 1e-6 and errors[it])
 
 
 def holds(span, name):
@@ -537,14 +548,46 @@ def dtype_of(args, theirs, about):
     return torch.float32
 
 
-def tolerances_of(args, dtype, trace, tokens, model, names):
-    """How far may a right port be, by name: after a whole pass, and after each step from its own tensors?
+def same_for_all(tolerances):
+    """A function of mistakes, as step_bounds, that gives the same tolerances whatever they are."""
+    return lambda mistakes: tolerances
 
-    In 16 bits three times as far as the script itself in that dtype.
+
+def step_bounds(dtype, trace, tokens, model, names):
+    """A function: how far may each step be off that is computed from the tensors of a dump in 16 bits, by name?
+
+    Three times as far as the script's own in that dtype, with the mistakes that have been found in the dump:
+    large scores, say, are rounded by more.
+    """
+    weights, params = model
+    rounded = {name: w.to(dtype) for name, w in weights.items()}
+    known = {}
+
+    def bounds(mistakes):
+        key = tuple(mistakes)
+        if key not in known:
+            allowed = dict(bounds([]) if mistakes else dict.fromkeys(trace, 4e-3))
+            computed = plain_pass(tokens, (rounded, params), mistakes)
+            exact = plain_pass(tokens, model, mistakes)  # or only the dump is rounded
+            for own in (computed, exact):
+                held = {name: [own[name].to(dtype)] for name in names}
+                errors = all_errors(mistakes, held, tokens, model, dict.fromkeys(trace, 0.0))
+                for name, error in errors.items():
+                    allowed[name] = min(LARGEST_TOLERANCE, max(allowed[name], 3 * error))
+            known[key] = allowed
+        return known[key]
+
+    return bounds
+
+
+def tolerances_of(args, dtype, trace, tokens, model, names):
+    """How far may a right port be off, by name? In 16 bits three times as far as the script itself.
+
+    Returns that for a whole pass, and a function of mistakes that gives it for each step by itself.
     """
     if args.tolerance is not None or dtype == torch.float32:
         same = dict.fromkeys(trace, args.tolerance or 1e-5)
-        return same, same
+        return same, same_for_all(same)
     weights, params = model
     own = plain_pass(tokens, ({name: w.to(dtype) for name, w in weights.items()}, params))
     kind = str(dtype).removeprefix("torch.")
@@ -560,14 +603,8 @@ def tolerances_of(args, dtype, trace, tokens, model, names):
             f"in {kind} the script itself is {noise[worst]:.2g} off at {worst}, which is more than the "
             f"{LARGEST_TOLERANCE} that may be allowed; compare a dump in float32"
         )
-    held = {name: [own[name]] for name in names}
-    nothing = dict.fromkeys(trace, 0.0)
-    of_steps = noise | all_errors([], held, tokens, model, nothing)
-
-    def bounds(errors):
-        return {n: min(LARGEST_TOLERANCE, max(4e-3, 3 * error)) for n, error in errors.items()}
-
-    return bounds(noise), bounds(of_steps)
+    bounds = {n: min(LARGEST_TOLERANCE, max(4e-3, 3 * error)) for n, error in noise.items()}
+    return bounds, step_bounds(dtype, trace, tokens, model, names)
 
 
 # ------------------------------------------------------------------------------------ what does not show
@@ -661,6 +698,8 @@ def below_rounding(theirs, tokens, model, tolerances):
 def run(args):
     names = dumps.read_map(args.map) if args.map else {}
     held, about = dumps.read_dump(args.theirs)
+    if args.html:
+        view.place_for_page(args.html)  # better known before all the work than after it
     told = told_by(args.theirs, about)
     weights, params, tokenizer = load_model(
         args.weights,
@@ -689,7 +728,10 @@ def run(args):
         dumps.check_numbers(args.theirs, theirs, known)
         called = {name: called[name] for name in known}
         theirs_known = {name: theirs[name] for name in known}
-        found = compared(args, theirs_known, called, about, trace, tokens, model)
+        found, read = compared(args, theirs_known, called, about, trace, tokens, model)
+        if args.html:
+            first = found["steps"][0]["first"] if found["steps"] else None
+            found["page"] = write_html(args, found, first, read, trace, tokens, model, tokenizer)
     found |= {
         "tokens": odd,
         "positions": cut or f"{tokens.shape[1]} positions are compared",
@@ -700,6 +742,8 @@ def run(args):
         print(json.dumps(found, indent=1))
     else:
         print("\n".join(report(found, params, args)))
+    if args.html:
+        print(f"both, side by side: {found['page']}", file=sys.stderr)
     return 1 if found["steps"] or odd else 0
 
 
@@ -709,11 +753,12 @@ def compared(args, theirs, called, about, trace, tokens, model):
     read = read_layouts(theirs, trace, G, dumps.in_halves(called.values()))
     dtype = dtype_of(args, theirs, about)
     whole = [name for name, ways in read.items() if ways[0][1].shape == trace[name].shape]
-    tolerances, of_steps = tolerances_of(args, dtype, trace, tokens, model, whole)
+    tolerances, bounds = tolerances_of(args, dtype, trace, tokens, model, whole)
     differences = compare(read, trace, tokens.shape[1])
     ways = {name: [x for _, x in readings] for name, readings in read.items()}
+    of_steps = bounds([])
     own_errors = all_errors([], ways, tokens, model, of_steps)
-    steps = diagnose(ways, tokens, model, of_steps, own_errors)
+    steps = diagnose(ways, tokens, model, bounds, own_errors)
     hidden = []
     if not steps:
         hidden, steps = below_rounding(ways, tokens, model, of_steps)
@@ -731,7 +776,46 @@ def compared(args, theirs, called, about, trace, tokens, model):
         wrong = d["step"] > of_steps[name]
         d["verdict"] = "DIFFERS" if wrong else "follows" if name in differing else "ok"
     kind = str(dtype).removeprefix("torch.")
-    return {"tensors": differences, "steps": steps, "hidden": hidden, "dtype": kind}
+    read = {name: xs[0] for name, xs in ways.items()}
+    return {"tensors": differences, "steps": steps, "hidden": hidden, "dtype": kind}, read
+
+
+def write_html(args, found, first, read, trace, tokens, model, tokenizer):
+    """Writes the viewer's page with both traces; returns its address, at the first tensor that differs."""
+    weights, params = model
+    sides = {Path(args.theirs).stem: {"tokens": tokens}, "the script": {"tokens": tokens} | trace}
+    for name, x in read.items():
+        y = trace[name] if x.shape == trace[name].shape else trace[name][:, -1:]
+        sides[Path(args.theirs).stem][name] = aligned(x, y)[0].to(x.dtype)
+    traces, left_out = [], []
+    for side, tensors in sides.items():
+        if all(f"layers.{i}.out" in tensors for i in range(params["n_layers"])):
+            streams = {name: x.float() for name, x in tensors.items() if name.endswith(".out")}
+            ids, probs = inside.logit_lens(streams, weights, params)
+            tensors |= {"lens.ids": ids, "lens.probs": probs}
+        shown = [x.flatten() for name, x in tensors.items() if name in ("tokens", "lens.ids")]
+        about = {"params": json.dumps(params), "prompt": args.prompt or ""}
+        about["dtype"] = found["dtype"] if tensors is not sides["the script"] else "float32"
+        about["texts"] = json.dumps(
+            {
+                n: vocabulary.piece(tokenizer, n).decode("utf-8", "backslashreplace")
+                for n in torch.cat(shown).unique().tolist()
+            }
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "trace.safetensors"
+            inside.save_tensors(file, tensors, about)
+            content, without = view.trace_for_page(file, view.MOST // 2)
+        traces.append((side, content))
+        left_out += [part for part in without if part not in left_out]
+    target = view.write_page(args.html, view.with_traces(traces))
+    if left_out:
+        print(f"{printable(args.html)}: without {', '.join(left_out)}", file=sys.stderr)
+    place = f"#tensor={first}" if first else ""
+    at = found["tensors"][first]["place"] if first else {}
+    for key, letters in (("head", "HK"), ("token", "T")):
+        place += "".join(f"&{key}={at[letter]}" for letter in letters if letter in at)
+    return target.as_uri() + place
 
 
 # ------------------------------------------------------------------------------------ the report
@@ -932,6 +1016,11 @@ def main(argv=None):
         help="what they computed in (default: seen)",
     )
     add("--all", action="store_true", help="a row for each tensor, also of layers that agree")
+    add(
+        "--html",
+        metavar="FILE",
+        help="write a page that shows both, side by side, to open in a browser",
+    )
     add("--json", action="store_true", help="print everything as JSON")
 
     def work():
