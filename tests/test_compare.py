@@ -1,5 +1,6 @@
 """tools/compare.py names the first tensor that differs, and the mistake in an independent port."""
 
+import base64
 import json
 import re
 import subprocess
@@ -10,7 +11,7 @@ import torch
 from conftest import ROOT, random_checkpoint
 from mistaken_port import port
 from references import metas_reference, to_halves
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 import llama3_from_scratch as llama
 from tools import compare
@@ -690,7 +691,7 @@ LOST = ["RoPE scaling's blend goes evenly over wavelengths", "norm eps is 1e-6"]
 
 @pytest.mark.parametrize("mistake", [None, *LOST])
 def test_16_bits_say_what_they_cannot_show(ported, mistake, capsys):
-    """A mistake that is smaller than the rounding of each number is found in all of them, or said to be lost."""
+    """A mistake smaller than the rounding of each number is found in all of them, or said to be lost."""
     made = [mistake] if mistake else []
     folder, file = ported(made, dtype=torch.bfloat16)
     code, found = ask(capsys, folder, file)
@@ -704,3 +705,27 @@ def test_16_bits_say_what_they_cannot_show(ported, mistake, capsys):
     else:
         named = [name for step in found["steps"] for name in step["mistakes"]]
         assert mistake in named or (not named and mistake in found["hidden"])
+
+
+def test_html_holds_both(ported, tmp_path, capsys):
+    """The page's two traces are theirs as the script lays it out, masks too, and the script's."""
+    folder, file = ported(["scores are not divided by sqrt(E)"], change=laid_out_otherwise)
+    page = tmp_path / "page.html"
+    code = compare.main([str(file), "--weights", str(folder), "--html", str(page)])
+    err = capsys.readouterr().err
+    assert code == 1 and f"{page.as_uri()}#tensor=layers.0.attention.scores&head=" in err
+    found = re.findall(r'id="trace-([ab])" data-name="(.*?)">([^<]+)<', page.read_text())
+    assert [name for _, name, _ in found] == ["theirs", "the script"]
+    theirs, ours = (load(base64.b64decode(content)) for _, _, content in found)
+    assert {*theirs} == {*ours} and torch.equal(theirs["tokens"], ours["tokens"])
+    scores = "layers.0.attention.scores"
+    assert torch.equal(theirs[scores].isinf(), ours[scores].isinf())
+    finite = ours[scores].isfinite()
+    torch.testing.assert_close(theirs[scores][finite] / 8**0.5, ours[scores][finite])
+    q = "layers.0.attention.q"
+    torch.testing.assert_close(theirs[q], ours[q])
+
+    (tmp_path / "other.html").write_text("mine")
+    for wrong in ("other.html", "no/page.html"):
+        code = compare.main([str(file), "--weights", str(folder), "--html", str(tmp_path / wrong)])
+        assert code == 2 and capsys.readouterr().err.count("error:") == 1

@@ -17,9 +17,9 @@ def wrapped(angle: Tensor) -> Tensor:
 def measured_turns(plain: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of each pair (E/2): radians a position, the angle at position 0, and how much longer it became.
 
-    plain, rotated: q or k (1 N T E) before and after RoPE, neighbours are a pair. A pair's angle is that of all
-    heads together. First from each position to the next, then over twice, four times, … as many: that leaves
-    no doubt about whole turns, and the last gives the digits.
+    plain, rotated: q or k (1 N T E) before and after RoPE, neighbours are a pair. A pair's angle is that
+    of all heads together. First from each position to the next, then over twice, four times, … as many:
+    that leaves no doubt about whole turns, and the last gives the digits.
     """
     before, after = (
         torch.view_as_complex(x.double().unflatten(-1, (-1, 2)).contiguous())[0]

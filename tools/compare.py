@@ -4,13 +4,15 @@
     python tools/compare.py theirs.pt --weights ~/Llama3.2-1B --prompt "Once upon a time"
     python tools/compare.py theirs.npz --map names.json --json
 
-theirs holds tensors that another implementation computed, as many as you like: a .safetensors, .npz or .pt file
-or a folder of .npy files. Names are the script's (--save-trace writes all of them), or those of modules of
-transformers, LLMs-from-scratch or Meta's reference; names.json maps others to the script's, {} is the layer.
+theirs holds tensors that another implementation computed, as many as you like: a .safetensors, .npz or
+.pt file or a folder of .npy files. Names are the script's (--save-trace writes all of them), or those of
+modules of transformers, LLMs-from-scratch or Meta's reference; names.json maps others to the script's, {}
+is the layer.
 
-The script's forward runs on the same weights and tokens, and every tensor is compared in the order of the pass.
-Then each step is computed once more from the other file's own tensors: which steps are wrong in themselves? For
-each of those, known mistakes are made on purpose, one after another, to see which gives the other file's tensor.
+The script's forward runs on the same weights and tokens, and every tensor is compared in the order of the
+pass. Then each step is computed once more from the other file's own tensors: which steps are wrong in
+themselves? For each of those, known mistakes are made on purpose, one after another, to see which gives
+the other file's tensor.
 
 Exit code: 0 if all agrees, 1 if something differs, 2 if the input is wrong.
 """
@@ -72,9 +74,9 @@ def spans_of(theirs, params):
 def replay(mistakes, theirs, tokens, model, span, judge):
     """A span of a pass in which each step starts from the other file's own tensors, as far as it holds them.
 
-    theirs: by name the ways to read a tensor. judge(name, ways, versions): which of the ways is it, of which of
-    the versions that forward and the mistakes gave? Or None to stop. That is what flows on, right or wrong, so
-    that later steps are judged by themselves.
+    theirs: by name the ways to read a tensor. judge(name, ways, versions): which of the ways is it, of
+    which of the versions that forward and the mistakes gave? Or None to stop. That is what flows on,
+    right or wrong, so that later steps are judged by themselves.
     """
     weights, params = model
     layers, head = span
@@ -100,8 +102,8 @@ def replay(mistakes, theirs, tokens, model, span, judge):
 def errors_of(mistakes, theirs, tokens, model, span, tolerances, until=None):
     """By name the relative error of each step of a span from the other file's own tensors.
 
-    A dump may hold a tensor as it was before a mistake: that counts as right, and the mistake is made after it.
-    until: the name after which to stop.
+    A dump may hold a tensor as it was before a mistake: that counts as right, and the mistake is made
+    after it. until: the name after which to stop.
     """
     errors = {}
 
@@ -176,8 +178,8 @@ def difference(x, y):
 def read_layouts(theirs, trace, G, halves=False):
     """By name the ways in which a tensor of a dump can be read, the nearest to the script's first.
 
-    A list of (words, tensor) each. ValueError for a tensor that cannot be the script's. halves: are the numbers
-    of q and k in two halves, where they do not tell themselves?
+    A list of (words, tensor) each. ValueError for a tensor that cannot be the script's. halves: are the
+    numbers of q and k in two halves, where they do not tell themselves?
     """
     read = {}
     for name, ours in trace.items():
@@ -256,9 +258,10 @@ PAIRS_WORTH = 1e12  # multiplications; a laptop does them in a minute or two
 def diagnose(theirs, tokens, model, bounds, right, most=5):
     """Which known mistakes, one after another, give the other file's tensors?
 
-    right: the errors of all steps from the dump's own tensors. Returns a list of steps: {"first": name of the first tensor that differs though what it is made from is taken
-    from the dump, "mistakes": those that explain it, "until": what differs next or None}. Of a step that nothing
-    explains the list of mistakes is empty; what differs after it is a step only if something explains that.
+    right: the errors of all steps from the dump's own tensors. Returns a list of steps: {"first": name of
+    the first tensor that differs though what it is made from is taken from the dump, "mistakes": those
+    that explain it, "until": what differs next or None}. Of a step that nothing explains the list of
+    mistakes is empty; what differs after it is a step only if something explains that.
     """
     spans = spans_of(theirs, model[1])
     order = list(right)
@@ -472,6 +475,7 @@ def reference_tokens(args, theirs, about, tokenizer, model):
         words = "the tokens begin with <|begin_of_text|> twice (two BOS)"
     if expected is not None and ids != expected and words is None:
         words = first_other_id(ids, expected, tokenizer)
+    check_memory(params, len(ids))
     T = min(length, len(ids)) or len(ids)
     cut = None
     if length and length != len(ids):
@@ -554,9 +558,9 @@ def same_for_all(tolerances):
 
 
 def step_bounds(dtype, trace, tokens, model, names):
-    """A function: how far may each step be off that is computed from the tensors of a dump in 16 bits, by name?
+    """A function: how far may each step be off that starts from a dump's own tensors, in 16 bits?
 
-    Three times as far as the script's own in that dtype, with the mistakes that have been found in the dump:
+    By name, three times as far as the script's own in that dtype, with the mistakes that have been found in the dump:
     large scores, say, are rounded by more.
     """
     weights, params = model
@@ -628,9 +632,9 @@ def steps_from(mistakes, theirs, tokens, model, span):
 def in_direction(mistakes, theirs, tokens, model, tolerances, plain):
     """How far off do the last of some mistakes put each step, and how far are they off in that direction?
 
-    Returns the largest effect as a part of what is allowed, the part of it that the dump shows (1: all of it, as
-    if it were made; 0: nothing), how many times the noise of all numbers it is, and the first name it changes.
-    Stops at an effect that shows by itself.
+    Returns the largest effect as a part of what is allowed, the part of it that the dump shows (1: all of
+    it, as if it were made; 0: nothing), how many times the noise of all numbers it is, and the first name
+    it changes. Stops at an effect that shows by itself.
     """
     largest, along, length, first = 0.0, 0.0, 0.0, None
 
@@ -640,12 +644,14 @@ def in_direction(mistakes, theirs, tokens, model, tolerances, plain):
         if x.shape != wrong.shape:
             wrong, right = wrong[:, -1:], right[:, -1:]
         bad = ~(x.isfinite() & wrong.isfinite() & right.isfinite())
-        there, wrong, right = (part.double().masked_fill(bad, 0) for part in (x, wrong, right))
-        size, effect, off = right.norm().clamp_min(1e-30), wrong - right, there - right
-        share = (effect.norm() / size).item()
-        if share > LEAST:
+        wrong, right = wrong.masked_fill(bad, 0), right.masked_fill(bad, 0)
+        effect = wrong - right
+        share = (effect.norm() / right.norm().clamp_min(1e-30)).item()
+        largest = max(largest, share / tolerances[name])
+        if LEAST < share and largest <= 1:
             first = first or name
-            largest = max(largest, share / tolerances[name])
+            right, effect = right.double(), effect.double()
+            off = x.double().masked_fill(bad, 0) - right
             noise = off.pow(2).mean().clamp_min(1e-14 * right.pow(2).mean()).clamp_min(1e-60)
             along += ((effect * off).sum() / noise).item()
             length += (effect.pow(2).sum() / noise).item()
@@ -710,7 +716,6 @@ def run(args):
     model = weights, params
     theirs, called = dumps.recognise(held, names, args.theirs, params)
     tokens, odd, cut = reference_tokens(args, theirs, about, tokenizer, model)
-    check_memory(params, tokens.shape[1])
     with torch.no_grad():
         trace = plain_pass(tokens, model)
         if (name := not_finite(trace)) is not None:
@@ -949,7 +954,8 @@ def table(differences, steps, every):
             kinds = {differences[name]["verdict"] for name in held}
             worst = max(held, key=lambda name: differences[name]["relative"])
             kind = next(kind for kind in ("DIFFERS", "follows", "ok") if kind in kinds)
-            words = f"{len(held)} tensor{'s' * (len(held) > 1)}, the worst is {worst.removeprefix(row[0] + '.')}"
+            count = "1 tensor" if len(held) == 1 else f"{len(held)} tensors"
+            words = f"{count}, the worst is {worst.removeprefix(row[0] + '.')}"
             rows[n] = (row[0], kind, f"{differences[worst]['relative']:.1e}", words, "", "")
     head = ("tensor", "", "error", "largest at", "theirs", "here")
     widths = [

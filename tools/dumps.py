@@ -107,7 +107,7 @@ def load_pickle(path: Path) -> object:
 
 
 def flattened(held: object, name: str = "", depth: int = 8) -> Iterator[tuple[str, Tensor]]:
-    """Tensors in dicts, lists and tuples by the path to them: hidden_states, a tuple, gives hidden_states.0."""
+    """Tensors in dicts, lists and tuples by the path to them: hidden_states.0 in a dict of tuples."""
     if isinstance(held, Tensor):
         if held.layout != torch.strided or held.is_quantized or held.is_meta:
             raise ValueError(f"{printable(name, 100)} is no plain tensor ({held.layout})")

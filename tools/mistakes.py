@@ -1,10 +1,11 @@
 """The mistakes that people make when they port Llama 3, each made on purpose: what tools/compare.py tries.
 
-A mistake is a dict. It may change what goes into forward: "params", "weights" and "positions" are functions from
-what is right to what is wrong; "turns" is one from the function that makes the RoPE table to another. Or it
-gives a probe: "inject" is a function (name, x, seen, run) that returns the wrong tensor in place of x, or None
-to leave it. seen holds the tensors of the pass so far, run what the pass was started with. Names have lost their
-"layers.{i}.", seen is that layer's, and seen["in"] is the residual stream that came into it.
+A mistake is a dict. It may change what goes into forward: "params", "weights" and "positions" are
+functions from what is right to what is wrong; "turns" is one from the function that makes the RoPE table
+to another. Or it gives a probe: "inject" is a function (name, x, seen, run) that returns the wrong tensor
+in place of x, or None to leave it. seen holds the tensors of the pass so far, run what the pass was
+started with. Names have lost their "layers.{i}.", seen is that layer's, and seen["in"] is the residual
+stream that came into it.
 """
 
 import math
@@ -63,7 +64,7 @@ def kept(params, freqs):
 
 
 def scaled_by(formula):
-    """Another way to scale RoPE: formula(params, factor) gives radians a position; not for unscaled models."""
+    """Another way to scale RoPE, if it is scaled: formula(params, factor) gives radians a position."""
 
     def other(before):
         def turns(at, params):
@@ -543,8 +544,9 @@ MISTAKES = {  # what it is: (how it is made, the mend)
 def pass_with(names, tokens, weights, params, meet, layers=None, head=True, entry=None):
     """forward with some mistakes, over all layers or those of a range, with or without norm and logits.
 
-    meet(name, versions, redo) gives what flows on. versions: what forward computed, then what each mistake made
-    of it. redo(n, x): what the mistakes after version n make of x. entry: the stream into the first layer.
+    meet(name, versions, redo) gives what flows on. versions: what forward computed, then what each
+    mistake made of it. redo(n, x): what the mistakes after version n make of x. entry: the stream into
+    the first layer.
     """
     layers = range(params["n_layers"]) if layers is None else layers
     held = {}
