@@ -22,15 +22,28 @@ SIZES = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """models(sizes, seed) -> a folder with a model, and what load_model makes of it; each is made once."""
+    made = {}
+
+    def model(sizes, seed):
+        key = json.dumps([sizes, seed])
+        if key not in made:
+            folder = tmp_path_factory.mktemp("models") / "model"
+            random_checkpoint(folder, sizes, dtype=torch.float32, seed=seed)
+            made[key] = folder, llama.load_model(folder)
+        return made[key]
+
+    return model
+
+
 @pytest.fixture
-def ported(tmp_path):
+def ported(tmp_path, models):
     """ported(made, seed=…, **sizes) -> a folder with a model and a port's trace, as a file beside it."""
 
     def make(made=(), seed=0, dtype=torch.float32, change=None, T=40, **sizes):
-        folder = random_checkpoint(
-            tmp_path / "model", SIZES | sizes, dtype=torch.float32, seed=seed
-        )
-        weights, params, tokenizer = llama.load_model(folder)
+        folder, (weights, params, tokenizer) = models(SIZES | sizes, seed)
         begin = llama.special(tokenizer, "begin_of_text")
         ids = torch.randint(0, 250, (1, T - 1), generator=torch.Generator().manual_seed(seed))
         tokens = torch.cat([torch.tensor([[begin]]), ids], 1)
@@ -61,8 +74,14 @@ SPECIAL = {"the RoPE scaling factor is 8": {"rope_scaling_factor": 32}, "wk is t
            "RoPE is scaled, as from Llama 3.1 on": {"use_scaled_rope": False}}  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("mistake", compare.MISTAKES)
+# How RoPE is scaled does not depend on weights: one seed is enough.
+SCALED = {name for name in compare.MISTAKES if re.match("RoPE (is )?scal", name)} - {
+    "RoPE scaling is off"
+}
+SEEDS = [(name, seed) for name in compare.MISTAKES for seed in range(1 if name in SCALED else 3)]
+
+
+@pytest.mark.parametrize("mistake, seed", SEEDS)
 def test_each_mistake_is_named(ported, capsys, mistake, seed):
     folder, file = ported([mistake], seed, **SPECIAL.get(mistake, {}))
     code, found = ask(capsys, folder, file)
@@ -686,25 +705,29 @@ def test_what_turns_is_measured(small, params, says, tmp_path, capsys):
     assert says in found["steps"][0]["measured"]
 
 
-LOST = ["RoPE scaling's blend goes evenly over wavelengths", "norm eps is 1e-6"]
+LOST = ["RoPE scaling without the blend: all pairs in it are slowed down", "norm eps is 1e-6"]
+WIDE = {"dim": 128, "n_heads": 4, "n_layers": 2}
 
 
 @pytest.mark.parametrize("mistake", [None, *LOST])
 def test_16_bits_say_what_they_cannot_show(ported, mistake, capsys):
     """A mistake smaller than the rounding of each number is found in all of them, or said to be lost."""
     made = [mistake] if mistake else []
-    folder, file = ported(made, dtype=torch.bfloat16)
+    folder, file = ported(made, dtype=torch.bfloat16, T=24, **WIDE)
     code, found = ask(capsys, folder, file)
     if mistake is None:
         assert code == 0 and found["dtype"] == "bfloat16" and found["hidden"]
-        few = {name: x for name, x in load_file(file).items() if name in ("tokens", "layers.2.out")}
+        few = {name: x for name, x in load_file(file).items() if name in ("tokens", "layers.1.out")}
         save_file(few, file)
         assert len(ask(capsys, folder, file)[1]["hidden"]) > len(found["hidden"])
         compare.main([str(file), "--weights", str(folder)])
         assert "known mistakes would not show in it" in capsys.readouterr().out.splitlines()[1]
     else:
         named = [name for step in found["steps"] for name in step["mistakes"]]
-        assert mistake in named or (not named and mistake in found["hidden"])
+        if mistake == LOST[0]:
+            assert code == 1 and named == [mistake] and found["steps"][0]["below"]
+        else:
+            assert code == 0 and mistake in found["hidden"]
 
 
 def test_html_holds_both(ported, tmp_path, capsys):

@@ -560,8 +560,8 @@ def same_for_all(tolerances):
 def step_bounds(dtype, trace, tokens, model, names):
     """A function: how far may each step be off that starts from a dump's own tensors, in 16 bits?
 
-    By name, three times as far as the script's own in that dtype, with the mistakes that have been found in the dump:
-    large scores, say, are rounded by more.
+    By name, three times as far as the script's own in that dtype, with the mistakes that have been found in
+    the dump: large scores, say, are rounded by more.
     """
     weights, params = model
     rounded = {name: w.to(dtype) for name, w in weights.items()}
