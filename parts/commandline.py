@@ -161,6 +161,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="trace what was generated too: the pass is over the prompt and the answer",
     )
     add(
+        "--view",
+        metavar="FILE.html",
+        nargs="?",
+        const="view.html",
+        help="look at the prompt's pass in a browser: a page to keep and share (default: view.html)",
+    )
+    add(
         "--break-at",
         metavar="NAME",
         action="append",
@@ -195,12 +202,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             wrong(f"--{flag.replace('_', '-')} {value}: must be {span(low, high)}")
     if args.system is not None and not args.chat:
         wrong("--system needs --chat")
-    if args.prompts is not None and (args.prompt is not None or args.break_at or args.save_trace):
-        wrong("--prompts goes without a prompt, --break-at and --save-trace")
+    looked_at = args.break_at or args.save_trace or args.view
+    if args.prompts is not None and (args.prompt is not None or looked_at):
+        wrong("--prompts goes without a prompt, --break-at, --save-trace and --view")
+    if args.view is not None and not args.view.endswith((".html", ".htm")):
+        wrong(f"--view {args.view}: a file that ends in .html; the prompt stands before --view")
     args.show_asked = args.show is not None
     args.show = args.show or ("none" if args.chat else "first")
-    if args.save_trace is None and (args.trace_only or args.trace_generated):
-        wrong(f"--trace-{'only' if args.trace_only else 'generated'} needs --save-trace")
+    if not (args.save_trace or args.view) and (args.trace_only or args.trace_generated):
+        flag = "--trace-only" if args.trace_only else "--trace-generated"
+        wrong(f"{flag} needs --save-trace or --view")
     check_globs(args, n_layers=1000)  # before a large model is loaded; its own layers after that
     there = {
         "cuda": torch.cuda.is_available(),
@@ -446,6 +457,10 @@ def run(args: argparse.Namespace) -> None:
     prompts = given_prompts(args)
     if args.save_trace is not None:
         check_place(args.save_trace)
+    if args.view is not None:
+        from parts.view import place_for_page
+
+        place_for_page(args.view)
 
     def positions(tokenizer: Any, context: int) -> int:
         """How many the cache will hold, for the check of the memory. It also finds wrong prompts early."""
@@ -509,7 +524,8 @@ def run(args: argparse.Namespace) -> None:
     if prompts is None:
         return conversation.converse(model, args, how, told)
     ids = prompt_ids(prompts[0], tokenizer, params["max_seq_len"], args.chat, args.system)
-    if args.save_trace is not None and not args.trace_generated:
+    looked_at = args.save_trace is not None or args.view is not None
+    if looked_at and not args.trace_generated:
         trace(prompts[0], ids, ids, model, args)
     new = how(ids, llama.make_cache(weights, params, 1), 0)
     if args.trace_generated:
@@ -519,11 +535,16 @@ def run(args: argparse.Namespace) -> None:
 def trace(
     prompt: str, prompt_ids: list[int], ids: list[int], model: llama.Model, args: argparse.Namespace
 ) -> None:
-    """Writes the trace of a pass over ids, which begin with those of the prompt, as --save-trace says."""
+    """Writes the pass over ids, which begin with the prompt's, as --save-trace and --view say."""
     about = {"prompt": prompt, "weights": printable(args.weights)}
     about["prompt_tokens"] = str(len(prompt_ids))
     tokens = torch.tensor([ids], device=args.device)
-    save_trace(args.save_trace, tokens, model, about, args.trace_only)
+    if args.save_trace is not None:
+        save_trace(args.save_trace, tokens, model, about, args.trace_only)
+    if args.view is not None:
+        from parts.view import view
+
+        view(args.view, tokens, model, about, args.trace_only)
 
 
 def main(argv: list[str] | None = None) -> int:

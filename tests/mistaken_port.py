@@ -12,18 +12,67 @@ from references import to_halves
 def frequencies(params, made):
     theta = 1e4 if "rope_theta is 10000" in made else params["rope_theta"]
     E = params["head_dim"]
-    freqs = theta ** (-torch.arange(0, E, 2).float() / E)
     factor = params["rope_scaling_factor"]
     for wrong in (8, 32):
         factor = wrong if f"the RoPE scaling factor is {wrong}" in made else factor
-    if params["use_scaled_rope"] and "RoPE scaling is off" not in made:
-        wavelengths = 2 * math.pi / freqs
-        smooth = (8192 / wavelengths - 1) / 3
-        blend = (1 - smooth) * freqs / factor + smooth * freqs
-        freqs = torch.where(
-            wavelengths > 8192, freqs / factor, torch.where(wavelengths < 2048, freqs, blend)
-        )
-    return freqs
+    unscaled = not params["use_scaled_rope"] or "RoPE scaling is off" in made
+    if "RoPE is scaled, as from Llama 3.1 on" in made:
+        unscaled, factor = False, 8
+    if "RoPE scaling is NTK-aware" in made:  # as transformers' "dynamic" at its first step
+        theta = theta * factor ** (E / (E - 2))
+    if "the RoPE scaling factor is applied to theta" in made:
+        theta = theta * factor
+    freqs = [theta ** (-2 * i / E) for i in range(E // 2)]
+    if "RoPE scaling is linear (position interpolation)" in made:
+        return torch.tensor([freq / factor for freq in freqs])
+    if unscaled or theta not in (1e4, params["rope_theta"]):
+        return torch.tensor(freqs)
+    return torch.tensor([slowed(freq, factor, made) for freq in freqs])
+
+
+def slowed(freq, factor, made):
+    """The frequency of one pair in a model of Llama 3.1 or later."""
+    context = 8192
+    for other in (4096, 131072):
+        if f"RoPE scaling's original context is {other}" in made:
+            context = other
+    wavelength = 2 * math.pi / freq
+    longest, shortest = context / 1, context / 4
+    if wavelength < shortest:
+        return freq
+    if wavelength > longest:
+        return freq / factor
+    if "RoPE scaling without the blend: only pairs below it are slowed down" in made:
+        return freq
+    if "RoPE scaling without the blend: all pairs in it are slowed down" in made:
+        return freq / factor
+    smooth = (context / wavelength - 1) / 3
+    if "RoPE scaling's blend goes evenly over wavelengths" in made:
+        smooth = 1 - (wavelength - shortest) / (longest - shortest)
+    if "RoPE scaling's blend is upside down" in made:
+        smooth = 1 - smooth
+    if "RoPE scaling blends wavelengths in place of frequencies" in made:
+        return 2 * math.pi / ((1 - smooth) * wavelength * factor + smooth * wavelength)
+    return (1 - smooth) * freq / factor + smooth * freq
+
+
+def yarn(params):
+    """transformers' own, with what cos and sin are to be multiplied with."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {
+        "rope_type": "yarn", "rope_theta": params["rope_theta"],
+        "factor": float(params["rope_scaling_factor"]), "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    config = LlamaConfig(
+        hidden_size=params["dim"],
+        num_attention_heads=params["n_heads"],
+        head_dim=params["head_dim"],
+        rope_parameters=rope,
+        max_position_embeddings=131072,
+    )
+    return ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
 
 
 def port(tokens, weights, params, made=(), dtype=torch.float64):
@@ -58,8 +107,11 @@ def port(tokens, weights, params, made=(), dtype=torch.float64):
         return x @ matrix.T
 
     at = torch.arange(T).float() + ("positions start at 1" in made)
-    angles = torch.outer(at, frequencies(params, made)).to(dtype)
-    cos, sin = angles.cos(), angles.sin()
+    freqs, size = frequencies(params, made), 1
+    if "RoPE scaling is YaRN's" in made:
+        freqs, size = yarn(params)
+    angles = torch.outer(at, freqs).to(dtype)
+    cos, sin = angles.cos() * size, angles.sin() * size
     if "the RoPE table is in bfloat16" in made:
         cos, sin = cos.float().bfloat16().to(dtype), sin.float().bfloat16().to(dtype)
     if "the rotation goes the wrong way" in made:

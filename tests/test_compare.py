@@ -1,5 +1,6 @@
 """tools/compare.py names the first tensor that differs, and the mistake in an independent port."""
 
+import base64
 import json
 import re
 import subprocess
@@ -9,7 +10,8 @@ import pytest
 import torch
 from conftest import ROOT, random_checkpoint
 from mistaken_port import port
-from safetensors.torch import save_file
+from references import metas_reference, to_halves
+from safetensors.torch import load, load_file, save_file
 
 import llama3_from_scratch as llama
 from tools import compare
@@ -20,15 +22,28 @@ SIZES = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """models(sizes, seed) -> a folder with a model, and what load_model makes of it; each is made once."""
+    made = {}
+
+    def model(sizes, seed):
+        key = json.dumps([sizes, seed])
+        if key not in made:
+            folder = tmp_path_factory.mktemp("models") / "model"
+            random_checkpoint(folder, sizes, dtype=torch.float32, seed=seed)
+            made[key] = folder, llama.load_model(folder)
+        return made[key]
+
+    return model
+
+
 @pytest.fixture
-def ported(tmp_path):
+def ported(tmp_path, models):
     """ported(made, seed=…, **sizes) -> a folder with a model and a port's trace, as a file beside it."""
 
     def make(made=(), seed=0, dtype=torch.float32, change=None, T=40, **sizes):
-        folder = random_checkpoint(
-            tmp_path / "model", SIZES | sizes, dtype=torch.float32, seed=seed
-        )
-        weights, params, tokenizer = llama.load_model(folder)
+        folder, (weights, params, tokenizer) = models(SIZES | sizes, seed)
         begin = llama.special(tokenizer, "begin_of_text")
         ids = torch.randint(0, 250, (1, T - 1), generator=torch.Generator().manual_seed(seed))
         tokens = torch.cat([torch.tensor([[begin]]), ids], 1)
@@ -55,11 +70,18 @@ def ask(capsys, folder, file, *flags):
 
 
 SPECIAL = {"the RoPE scaling factor is 8": {"rope_scaling_factor": 32}, "wk is transposed": {"n_kv_heads": 8},
-           "wv is transposed": {"n_kv_heads": 8}}  # fmt: skip
+           "wv is transposed": {"n_kv_heads": 8},
+           "RoPE is scaled, as from Llama 3.1 on": {"use_scaled_rope": False}}  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("mistake", compare.MISTAKES)
+# How RoPE is scaled does not depend on weights: one seed is enough.
+SCALED = {name for name in compare.MISTAKES if re.match("RoPE (is )?scal", name)} - {
+    "RoPE scaling is off"
+}
+SEEDS = [(name, seed) for name in compare.MISTAKES for seed in range(1 if name in SCALED else 3)]
+
+
+@pytest.mark.parametrize("mistake, seed", SEEDS)
 def test_each_mistake_is_named(ported, capsys, mistake, seed):
     folder, file = ported([mistake], seed, **SPECIAL.get(mistake, {}))
     code, found = ask(capsys, folder, file)
@@ -364,3 +386,369 @@ def test_wrong_maps(ported, tmp_path, capsys, names):
     (tmp_path / "names.json").write_text(json.dumps(names))
     code, err = ask(capsys, folder, file, "--map", str(tmp_path / "names.json"))
     assert code == 2 and err.count("error:") == 1
+
+
+# ------------------------------------------------------------------------------------ other people's dumps
+
+
+def hooked(model):
+    """A dict that fills with what every module gives: what people write."""
+    held = {}
+
+    def keep(name):
+        def hook(module, given, out):
+            out = out[0] if isinstance(out, tuple) else out
+            if isinstance(out, torch.Tensor):
+                held[name] = out.detach().clone()
+
+        return hook
+
+    for name, module in model.named_modules():
+        if name:
+            module.register_forward_hook(keep(name))
+    return held
+
+
+TEXT = "In a hole in the ground there lived a ll"  # these tokenizers have a token for each letter
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A folder with a model, the model, and token ids."""
+    folder = random_checkpoint(tmp_path_factory.mktemp("small"), SIZES, dtype=torch.float32)
+    weights, params, tokenizer = llama.load_model(folder)
+    begin = llama.special(tokenizer, "begin_of_text")
+    return folder, weights, params, torch.tensor([[begin, *llama.encode(tokenizer, TEXT)]])
+
+
+def dump_of_transformers(small):
+    """Modules by their names, and what transformers returns: of no step the same twice."""
+    from references import hugging_face_model
+
+    _, weights, params, tokens = small
+    model = hugging_face_model(weights, params)
+    held = hooked(model)
+    with torch.no_grad():
+        out = model(tokens, output_hidden_states=True, output_attentions=True, use_cache=True)
+    cache = {
+        f"past_key_values.{i}.{n}": x
+        for i, layer in enumerate(out.past_key_values.layers)
+        for n, x in enumerate((layer.keys, layer.values))
+    }
+    return held, out, cache
+
+
+def dump_of_rasbts(small):
+    from llms_from_scratch.llama3 import Llama3Model
+
+    _, weights, params, tokens = small
+    sizes = {
+        "vocab_size": params["vocab_size"], "context_length": 8192, "emb_dim": params["dim"],
+        "n_heads": params["n_heads"], "n_layers": params["n_layers"], "dtype": torch.float32,
+        "hidden_dim": params["ffn_dim"], "n_kv_groups": params["n_kv_heads"],
+        "rope_base": params["rope_theta"],
+        "rope_freq": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                      "original_context_length": 8192},
+    }  # fmt: skip
+    model = Llama3Model(sizes).eval()
+    names = {
+        "attention_norm": "norm1", "attention.wq": "att.W_query", "attention.wk": "att.W_key",
+        "attention.wv": "att.W_value", "attention.wo": "att.out_proj", "ffn_norm": "norm2",
+        "feed_forward.w1": "ff.fc1", "feed_forward.w3": "ff.fc2", "feed_forward.w2": "ff.fc3",
+    }  # fmt: skip
+    state = {"tok_emb.weight": weights["tok_embeddings.weight"]}
+    state |= {"final_norm.weight": weights["norm.weight"]}
+    state |= {"out_head.weight": weights["output.weight"]}
+    heads = {"attention.wq": params["n_heads"], "attention.wk": params["n_kv_heads"]}
+    for i in range(params["n_layers"]):
+        for ours, theirs in names.items():
+            w = weights[f"layers.{i}.{ours}.weight"]
+            w = to_halves(w, heads[ours]) if ours in heads else w
+            state[f"trf_blocks.{i}.{theirs}.weight"] = w
+    model.load_state_dict(state)  # strict
+    held = hooked(model)
+    with torch.no_grad():
+        model(tokens)
+    return held
+
+
+def dump_of_metas(small):
+    import llama_models.llama3.model as meta
+    from llama_models.llama3.args import ModelArgs
+
+    _, weights, params, tokens = small
+    metas_reference(tokens[:, :2], weights, params)  # starts torch.distributed
+    arguments = ModelArgs(**SIZES, max_batch_size=1, max_seq_len=tokens.shape[1])
+    model = meta.Transformer(arguments)
+    model.load_state_dict(weights)
+    held = hooked(model)
+    model(tokens, 0)
+    return held
+
+
+def test_modules_of_transformers_are_recognised(small, tmp_path, capsys):
+    held, out, cache = dump_of_transformers(small)
+    save_file(held | {"input_ids": small[3]}, tmp_path / "theirs.safetensors")
+    code, found = ask(capsys, small[0], tmp_path / "theirs.safetensors")
+    assert code == 0 and len(found["tensors"]) == 1 + 3 * 10 + 2, found
+    assert found["ignored"] == ["model.rotary_emb"] and not found["hidden"]
+    said = {name: d["layout"] for name, d in found["tensors"].items()}
+    assert said["layers.1.attention.k"] == "heads side by side, half-split pairs"
+    assert found["called"]["layers.2.attention.q"] == "model.layers.2.self_attn.q_proj"
+
+    # What the model returns, as torch.save writes it: tuples of tensors.
+    returned = {
+        "hidden_states": out.hidden_states,
+        "attentions": out.attentions,
+        "logits": out.logits,
+    }
+    torch.save(returned | cache | {"input_ids": small[3]}, tmp_path / "theirs.pt")
+    code, found = ask(capsys, small[0], tmp_path / "theirs.pt")
+    assert code == 0 and len(found["tensors"]) == 3 + 2 + 3 * 3, found
+    stacked = {key: torch.stack(returned[key]) for key in ("hidden_states", "attentions")}
+    save_file(stacked | {"input_ids": small[3]}, tmp_path / "stacked.safetensors")
+    assert len(ask(capsys, small[0], tmp_path / "stacked.safetensors")[1]["tensors"]) == 2 + 5
+
+    # Two modules that ought to give the same do not.
+    model_dump = {n: x for n, x in held.items() if "layers.0" not in n and "rotary" not in n}
+    model_dump["model.layers.1.self_attn"] = held["model.layers.1.self_attn"] * 1.01
+    save_file(model_dump | {"input_ids": small[3]}, tmp_path / "theirs.safetensors")
+    code, err = ask(capsys, small[0], tmp_path / "theirs.safetensors")
+    assert (
+        code == 2
+        and "self_attn and model.layers.1.self_attn.o_proj are both layers.1.attention.out" in err
+    )
+
+
+@pytest.mark.parametrize("dump", [dump_of_rasbts, dump_of_metas])
+def test_modules_of_other_projects_are_recognised(small, dump, tmp_path, capsys):
+    held = dump(small)
+    save_file(
+        {n: x.contiguous() for n, x in held.items()} | {"tokens": small[3]},
+        tmp_path / "t.safetensors",
+    )
+    code, found = ask(capsys, small[0], tmp_path / "t.safetensors")
+    assert code == 0 and not found["ignored"] and not found["hidden"], found
+    assert len(found["tensors"]) == 1 + 3 * 10 + 2 - 0
+    halves = {d["layout"] for n, d in found["tensors"].items() if n.endswith("attention.q")}
+    assert halves == {"heads side by side" + ", half-split pairs" * (dump is dump_of_rasbts)}
+
+
+def test_a_wrong_setting_of_transformers_is_named_without_the_rotation(small, tmp_path, capsys):
+    """The dump holds no q_rotated: the mistake shows in what comes of it."""
+    from references import hugging_face_model
+
+    _, weights, params, tokens = small
+    model = hugging_face_model(weights, params | {"use_scaled_rope": False})
+    held = hooked(model)
+    with torch.no_grad():
+        out = model(tokens, output_attentions=True)
+    held |= {f"attentions.{i}": x for i, x in enumerate(out.attentions)} | {"input_ids": tokens}
+    held.pop("model.rotary_emb", None)
+    save_file({n: x.contiguous() for n, x in held.items()}, tmp_path / "theirs.safetensors")
+    code, found = ask(capsys, small[0], tmp_path / "theirs.safetensors")
+    (step,) = found["steps"]
+    assert code == 1 and step["first"] == "layers.0.attention.probs" and step["until"] is None
+    assert step["mistakes"] == ["RoPE scaling is off"]
+
+
+def test_kinds_of_files(small, tmp_path, capsys):
+    import numpy
+
+    folder, weights, params, tokens = small
+    trace = {n: x.float() for n, x in port(tokens, weights, params).items() if "ed_forw" not in n}
+    arrays = {n: x.numpy() for n, x in trace.items()} | {"tokens": tokens.numpy()}
+    numpy.savez_compressed(tmp_path / "theirs.npz", **arrays)
+    for name, array in arrays.items():
+        file = tmp_path / "arrays" / f"{name.replace('.', '/')}.npy"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        numpy.save(file, array)
+    torch.save({"trace": trace | {"tokens": tokens}}, tmp_path / "theirs.pt")
+    for name in ("theirs.npz", "arrays", "theirs.pt"):
+        code, found = ask(capsys, folder, tmp_path / name)
+        assert code == 0 and len(found["tensors"]) == len(trace) - 1, (name, found)
+    numpy.save(tmp_path / "logits.npy", arrays["logits"])
+    code, found = ask(capsys, folder, tmp_path / "logits.npy", "--prompt", TEXT)
+    assert code == 0 and list(found["tensors"]) == ["logits"]
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("an evil pickle was run",)
+
+
+def test_files_that_are_refused(small, tmp_path, capsys):
+    import numpy
+
+    torch.save({"logits": torch.ones(3), "x": Evil()}, tmp_path / "evil.pt")
+    numpy.savez(tmp_path / "evil.npz", logits=numpy.array([Evil()]))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "no.npz").write_bytes(b"no")
+    (tmp_path / "no.pt").write_bytes(b"no")
+    huge = torch.ones(1).expand(2**40)
+    torch.save({"norm": huge, "tokens": torch.ones(1, 3, dtype=torch.int64)}, tmp_path / "huge.pt")
+    numpy.savez(tmp_path / "text.npz", norm=numpy.array(["a"]))
+    for name, says in {
+        "evil.pt": "not a file of tensors alone (it also holds",
+        "evil.npz": "not a file of numpy's arrays",
+        "empty": "a folder without .npy files",
+        "no.npz": "not a file of numpy's arrays",
+        "no.pt": "not a file of tensors alone",
+        "huge.pt": "norm is torch.float32 (1099511627776,)",
+        "text.npz": "norm holds <U1, which torch does not know",
+        "none.pt": "no such file",
+    }.items():
+        code, err = ask(capsys, small[0], tmp_path / name)
+        lines = [line for line in err.splitlines() if line.startswith("error:")]
+        assert code == 2 and len(lines) == 1 and says in lines[0] and str(tmp_path) in lines[0], err
+        assert "was run" not in err
+
+
+def test_a_map_with_layers(small, tmp_path, capsys):
+    folder, weights, params, tokens = small
+    trace = port(tokens, weights, params, ["GELU in place of SiLU"])
+    trace = {
+        f"h.{i}.ff_out": trace[f"layers.{i}.feed_forward.out"].float().contiguous()
+        for i in range(3)
+    } | {"ids": tokens}
+    save_file(trace, tmp_path / "theirs.safetensors")
+    names = {"h.{}.ff_out": "layers.{}.feed_forward.out", "ids": "input_ids"}
+    (tmp_path / "names.json").write_text(json.dumps(names))
+    flags = ["--map", str(tmp_path / "names.json")]
+    code, found = ask(capsys, folder, tmp_path / "theirs.safetensors", *flags)
+    assert code == 1 and len(found["tensors"]) == 3
+    assert found["steps"][0]["mistakes"] == ["GELU in place of SiLU"]
+    for wrong in ({"h.{}.x": "norm"}, {"h.{}.ff_out": "layers.{}.ff"}):
+        (tmp_path / "names.json").write_text(json.dumps(wrong))
+        code, err = ask(capsys, folder, tmp_path / "theirs.safetensors", *flags)
+        assert code == 2 and err.count("error:") == 1
+
+
+@pytest.mark.parametrize("there", [10, 40])
+def test_another_length_than_the_prompt(small, there, tmp_path, capsys):
+    """The dump has 10 positions of 40 tokens, or 40 and there are ids of 10: the common ones are compared."""
+    folder, weights, params, tokens = small
+    trace = port(tokens[:, :there], weights, params)
+    trace["tokens"] = tokens[:, : 50 - there]
+    save_file({n: (x if n == "tokens" else x.float()).contiguous() for n, x in trace.items()},
+              tmp_path / "t.safetensors")  # fmt: skip
+    code, found = ask(capsys, folder, tmp_path / "t.safetensors")
+    assert code == 0 and len(found["tensors"]) == 54, found["steps"]
+    assert found["positions"].startswith("positions 0 to 9 are compared: the dump has")
+
+
+def test_ids_are_compared_as_ids(small, tmp_path, capsys):
+    folder, weights, params, tokens = small
+    _, _, tokenizer = llama.load_model(folder)
+    ids = [int(tokens[0, 0]), *llama.encode(tokenizer, "Once upon a time")]
+    other = torch.tensor([[*ids[:3], ids[3] + 1, *ids[4:]]])
+    trace = port(other, weights, params)
+    save_file({n: (x if n == "tokens" else x.float()).contiguous() for n, x in trace.items()},
+              tmp_path / "t.safetensors")  # fmt: skip
+    flags = ["--prompt", "Once upon a time", "--tolerance", "0.1"]
+    code, found = ask(capsys, folder, tmp_path / "t.safetensors", *flags)
+    assert code == 1 and not found["steps"]
+    assert (
+        f"from position 3 on: {ids[3] + 1} (" in found["tokens"]
+        and f"not {ids[3]} (" in found["tokens"]
+    )
+
+
+THREE = ["RoPE scaling is NTK-aware", "GELU in place of SiLU", "the final norm is forgotten"]
+
+
+def test_three_mistakes_at_once_and_the_verdict(ported, capsys):
+    folder, file = ported(THREE)
+    code, found = ask(capsys, folder, file)
+    assert code == 1 and [step["mistakes"] for step in found["steps"]] == [[name] for name in THREE]
+    place = found["tensors"]["layers.0.attention.q_rotated"]["place"]
+    compare.main([str(file), "--weights", str(folder)])
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].startswith("layers.0.attention.q_rotated is the first that differs: ")
+    assert out[0].endswith(f"at head {place['H']}, position {place['T']}, dim {place['E']}.")
+    assert out[1] == f"It looks like this: {'; and '.join(THREE)}." and out[2] == ""
+    rows = {line.split()[0]: line for line in out if line.strip()}
+    assert "DIFFERS" in rows["layers.0.attention.q_rotated"] and "follows" in rows["layers.0.out"]
+    assert "17 tensors" in rows["layers.1"]
+
+
+def test_a_known_mistake_is_named_behind_an_unknown_one(ported, capsys):
+    def change(trace):
+        for i in range(3):
+            trace[f"layers.{i}.attention.k"] *= 1.01
+        return trace
+
+    folder, file = ported(["tanh GELU in place of SiLU"], change=change)
+    code, found = ask(capsys, folder, file)
+    assert [step["mistakes"] for step in found["steps"]] == [[], ["tanh GELU in place of SiLU"]]
+    assert found["steps"][0]["first"] == "layers.0.attention.k"
+
+
+@pytest.mark.parametrize(
+    "params, says",
+    [
+        ({"rope_scaling_factor": 16.0}, "pairs turn as with a scaling factor of 16"),
+        (
+            {"rope_theta": 1e6, "use_scaled_rope": False},
+            "as with a rope_theta of 1e+06 and no scaling",
+        ),
+    ],
+)
+def test_what_turns_is_measured(small, params, says, tmp_path, capsys):
+    """Of a factor or a theta that is in no table the number is read from q and k."""
+    folder, weights, right, tokens = small
+    trace = port(tokens, weights, right | params)
+    save_file({n: (x if n == "tokens" else x.float()).contiguous() for n, x in trace.items()},
+              tmp_path / "t.safetensors")  # fmt: skip
+    code, found = ask(capsys, folder, tmp_path / "t.safetensors")
+    assert code == 1 and found["steps"][0]["mistakes"] == []
+    assert says in found["steps"][0]["measured"]
+
+
+LOST = ["RoPE scaling without the blend: all pairs in it are slowed down", "norm eps is 1e-6"]
+WIDE = {"dim": 128, "n_heads": 4, "n_layers": 2}
+
+
+@pytest.mark.parametrize("mistake", [None, *LOST])
+def test_16_bits_say_what_they_cannot_show(ported, mistake, capsys):
+    """A mistake smaller than the rounding of each number is found in all of them, or said to be lost."""
+    made = [mistake] if mistake else []
+    folder, file = ported(made, dtype=torch.bfloat16, T=24, **WIDE)
+    code, found = ask(capsys, folder, file)
+    if mistake is None:
+        assert code == 0 and found["dtype"] == "bfloat16" and found["hidden"]
+        few = {name: x for name, x in load_file(file).items() if name in ("tokens", "layers.1.out")}
+        save_file(few, file)
+        assert len(ask(capsys, folder, file)[1]["hidden"]) > len(found["hidden"])
+        compare.main([str(file), "--weights", str(folder)])
+        assert "known mistakes would not show in it" in capsys.readouterr().out.splitlines()[1]
+    else:
+        named = [name for step in found["steps"] for name in step["mistakes"]]
+        if mistake == LOST[0]:
+            assert code == 1 and named == [mistake] and found["steps"][0]["below"]
+        else:
+            assert code == 0 and mistake in found["hidden"]
+
+
+def test_html_holds_both(ported, tmp_path, capsys):
+    """The page's two traces are theirs as the script lays it out, masks too, and the script's."""
+    folder, file = ported(["scores are not divided by sqrt(E)"], change=laid_out_otherwise)
+    page = tmp_path / "page.html"
+    code = compare.main([str(file), "--weights", str(folder), "--html", str(page)])
+    err = capsys.readouterr().err
+    assert code == 1 and f"{page.as_uri()}#tensor=layers.0.attention.scores&head=" in err
+    found = re.findall(r'id="trace-([ab])" data-name="(.*?)">([^<]+)<', page.read_text())
+    assert [name for _, name, _ in found] == ["theirs", "the script"]
+    theirs, ours = (load(base64.b64decode(content)) for _, _, content in found)
+    assert {*theirs} == {*ours} and torch.equal(theirs["tokens"], ours["tokens"])
+    scores = "layers.0.attention.scores"
+    assert torch.equal(theirs[scores].isinf(), ours[scores].isinf())
+    finite = ours[scores].isfinite()
+    torch.testing.assert_close(theirs[scores][finite] / 8**0.5, ours[scores][finite])
+    q = "layers.0.attention.q"
+    torch.testing.assert_close(theirs[q], ours[q])
+
+    (tmp_path / "other.html").write_text("mine")
+    for wrong in ("other.html", "no/page.html"):
+        code = compare.main([str(file), "--weights", str(folder), "--html", str(tmp_path / wrong)])
+        assert code == 2 and capsys.readouterr().err.count("error:") == 1

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import llama3_from_scratch as llama
-from parts import inside
+from parts import inside, view
 
 VIEWER = (ROOT / "tools/viewer.html").as_uri()
 CHROMIUM = next(
@@ -82,12 +83,17 @@ def trace(tmp_path_factory):
 
 def look(page, *files, at=VIEWER):
     page.goto(at)
+    page.wait_for_selector("#list button[aria-current=true]")  # of the example
     page.set_input_files("#file", files)
-    page.wait_for_selector("#list button[aria-current=true], #message:not([hidden])")
+    names = json.dumps([Path(file).name for file in files])
+    page.wait_for_function(
+        f"() => !document.getElementById('message').hidden || {names}.every("
+        "name => document.getElementById('files').textContent.includes(name))"
+    )
 
 
 def choose(page, name):
-    page.click(f'#list button[data-name="{name}"]')
+    page.click(f'#list button[data-tensor="{name}"]')
     page.wait_for_function(
         "name => document.querySelector('#controls h2')?.textContent === name", arg=name
     )
@@ -124,7 +130,7 @@ def test_all_tensors_in_the_order_of_the_pass(page, trace):
     file = trace / "float32.safetensors"
     look(page, file)
     names = page.eval_on_selector_all(
-        "#list button[data-name]", "all => all.map(b => b.dataset.name)"
+        "#list button[data-tensor]", "all => all.map(b => b.dataset.tensor)"
     )
     passed, (weights, params, _) = {}, llama.load_model(ROOT / "weights/tiny")
     tokens = load_file(file)["tokens"]
@@ -269,9 +275,9 @@ def test_two_traces(page, trace, tmp_path):
     assert the_same(page.text_content("#first").split()[-1], error)
     page.click("#first button")
     page.wait_for_selector("h2:has-text('layers.1.attention.k_rotated')")
-    page.wait_for_selector("button[data-name='layers.0.attention.q'] >> text=only in one")
-    page.wait_for_selector("button[data-name='layers.3.out'] >> text=other shape")
-    page.wait_for_selector("button[data-name='layers.1.attention.v'] >> text=error 0")
+    page.wait_for_selector("#list button[data-tensor='layers.0.attention.q'] >> text=only in one")
+    page.wait_for_selector("#list button[data-tensor='layers.3.out'] >> text=other shape")
+    page.wait_for_selector("#list button[data-tensor='layers.1.attention.v'] >> text=error 0")
     choose(page, "layers.1.attention.scores")
     page.keyboard.press("x")
     page.keyboard.press("x")  # the difference
@@ -283,7 +289,7 @@ def test_two_traces(page, trace, tmp_path):
         *(f"−0.0{n}" for n in ("1000", "09999", "1001")),
     }
     for name in ("layers.3.out", "layers.0.attention.q"):
-        page.click(f'#list button[data-name="{name}"]')
+        page.click(f'#list button[data-tensor="{name}"]')
         page.wait_for_selector("#picture:has-text('There is no difference to show')")
 
     look(page, file, file)  # the file input hands over both
@@ -301,7 +307,7 @@ def test_two_traces(page, trace, tmp_path):
         "#file", tmp_path / "again.safetensors"
     )  # the same name: it takes the place
     choose(page, "norm")
-    page.wait_for_selector("button[data-name=norm] >> text=0 … 0")
+    page.wait_for_selector("#list button[data-tensor=norm] >> text=0 … 0")
     assert page.is_hidden("#message")
 
 
@@ -340,13 +346,13 @@ def test_every_number_and_every_dtype(page, tmp_path):
         assert any(the_same(text, x[0, 7]) for text in said) and any(
             the_same(text, x[0, 6]) for text in said
         )
-        page.wait_for_selector(f"button[data-name={name}] >> text=1 NaN")
-        page.wait_for_selector(f"button[data-name={name}] >> text=2 infinite")
+        page.wait_for_selector(f"#list button[data-tensor={name}] >> text=1 NaN")
+        page.wait_for_selector(f"#list button[data-tensor={name}] >> text=2 infinite")
     for name in whole:
-        page.wait_for_selector(f"button[data-name={name}] >> text=−3 … 7")
-    page.wait_for_selector("button[data-name=uint8] >> text=250 … 250")
+        page.wait_for_selector(f"#list button[data-tensor={name}] >> text=−3 … 7")
+    page.wait_for_selector("#list button[data-tensor=uint8] >> text=250 … 250")
     for name in ("empty", "one", "line"):
-        page.click(f"#list button[data-name={name}]")
+        page.click(f"#list button[data-tensor={name}]")
         page.wait_for_selector(
             "#picture:has-text('It is empty')" if name == "empty" else "#picture canvas"
         )
@@ -498,6 +504,178 @@ def test_served(page, trace):
         )
         page.wait_for_selector("text=against")
         server.shutdown()
+
+
+def chosen(page):
+    """What is chosen, as the page shows it: tensor, head, token; once it is drawn."""
+    page.wait_for_selector("#picture[aria-busy=false]")
+    pressed = "all => all.findIndex(x => x.getAttribute('aria-pressed') === 'true')"
+    head = re.search(r"head (\d+) of", page.text_content("#controls"))
+    return (
+        page.text_content("#controls h2"),
+        head and int(head[1]),
+        page.eval_on_selector_all("#tokens button", pressed),
+    )
+
+
+def test_opened_with_nothing_it_shows_the_example(browser, trace):
+    context = browser.new_context(viewport={"width": 1280, "height": 800})
+    page = context.new_page()
+    page.goto(VIEWER)
+    page.wait_for_selector("#list [aria-current=true]")
+    assert page.text_content("#files").startswith("example (0.3 MB")
+    chips = page.eval_on_selector_all("#tokens button", "all => all.map(b => b.textContent)")
+    assert "".join(chips) == "<|begin_of_text|>Once upon a time a llama"
+    assert page.locator("#hint li").count() == 3 and page.is_visible("#hint #own")
+    page.click("#dismiss")
+    assert page.is_hidden("#hint")
+    page.reload()
+    page.wait_for_selector("#list [aria-current=true]")
+    assert page.is_hidden("#hint")
+    held = load_file(ROOT / "tools/viewer/tiny.safetensors")
+    choose(page, "layers.1.attention.probs")
+    for text in sweep(page, 4):
+        value = text.rpartition(": ")[2]
+        assert any(the_same(value, x) for x in held["layers.1.attention.probs"][0, 0].flatten())
+    page.set_input_files("#file", trace / "float32.safetensors")  # it takes the example's place
+    page.wait_for_selector("#files:has-text('float32.safetensors')")
+    assert "against" not in page.text_content("#files") and page.is_hidden("#hint")
+    context.close()
+
+
+def test_what_is_chosen_is_in_the_address(page, trace):
+    page.goto(VIEWER)
+    page.wait_for_selector("#list [aria-current=true]")
+    choose(page, "layers.2.attention.scores")
+    page.click("#thumbs button >> nth=5")
+    page.wait_for_selector("text=head 5 of")
+    page.click("#tokens button >> nth=3")
+    page.wait_for_selector("#tokens button[aria-pressed=true] >> text=a")
+    assert page.url.endswith("#tensor=layers.2.attention.scores&head=5&token=3")
+    choose(page, "norm")
+    assert page.url.endswith("#tensor=norm&token=3")
+    page.go_back()
+    page.wait_for_selector("text=head 5 of")
+    assert chosen(page) == ("layers.2.attention.scores", 5, 3)
+    page.go_back()
+    page.go_back()
+    page.wait_for_selector("text=head 0 of")
+    assert chosen(page) == ("layers.2.attention.scores", 0, 6)
+    page.go_forward()
+    page.wait_for_selector("text=head 5 of")
+    page.reload()
+    page.wait_for_selector("text=head 5 of")
+    assert chosen(page) == ("layers.2.attention.scores", 5, 6)
+    choose(page, "logit lens")
+    assert "#tensor=logit%20lens&token=6" in page.url
+
+
+def test_a_shared_link_waits_for_its_trace(page, trace):
+    page.goto(VIEWER + "#tensor=layers.3.attention.k&head=1&token=9&pair=2&side=b")
+    page.wait_for_selector("#list [aria-current=true]")
+    assert chosen(page) == ("layers.3.attention.k", 1, 6)  # the example has 7 tokens
+    files = [trace / "float32.safetensors", trace / "bfloat16.safetensors"]
+    page.set_input_files("#file", files)
+    page.wait_for_selector("#files:has-text('against')")
+    assert chosen(page) == ("layers.3.attention.k", 1, 9)
+    assert page.input_value("#side") == "1"
+    assert "pair 2 of" in page.text_content("#controls")
+    page.keyboard.press("x")
+    page.wait_for_function("() => location.hash.endsWith('side=difference')")
+    page.go_back()
+    page.wait_for_function("() => document.getElementById('side').value === '1'")
+    page.goto(VIEWER + "#tensor=no.such&head=-1&token=many&side=c&x")  # nonsense does no harm
+    page.wait_for_selector("#picture[aria-busy=false]")
+    assert page.is_hidden("#message")
+
+
+def test_the_map_is_drawn_from_the_trace(page, trace, tmp_path):
+    held = load_file(trace / "float32.safetensors")
+    look(page, trace / "float32.safetensors")
+    nodes = "all => all.map(node => [node.dataset.tensor, node.innerText])"
+    choose(page, "layers.2.out")
+    found = dict(page.eval_on_selector_all("#map [data-tensor]", nodes))
+    names = {name for name in held if "layers." not in name or name.startswith("layers.2.")}
+    assert found.keys() == names - {"lens.ids", "lens.probs"} | {"logit lens"}
+    for name in found.keys() - {"logit lens"}:
+        assert "×".join(map(str, held[name].shape)) in found[name]
+    letters = page.eval_on_selector_all("#map .sizes span", "all => all.map(x => x.textContent)")
+    known = {"D 256", "H 8", "K 2", "G 4", "E 32", "F 704", "V 1280", "L 4", "B 1"}
+    assert known <= set(letters)
+    page.click("#map [data-tensor='layers.2.feed_forward.gate']")
+    page.wait_for_selector("#picture[aria-busy=false]")
+    assert chosen(page)[0] == "layers.2.feed_forward.gate"
+    current = "#map [aria-current=true][data-tensor='layers.{}.feed_forward.gate']"
+    assert page.is_visible(current.format(2))
+    page.click("#map .strip button >> nth=0")
+    page.wait_for_selector(current.format(0))
+    inputs = page.eval_on_selector_all("#map path.lit", "all => all.map(path => path.dataset.from)")
+    assert set(inputs) == {"layers.0.ffn_norm", "layers.0.feed_forward.gate"}
+    boxes = page.eval_on_selector_all(
+        "#map .node",
+        "all => all.map(node => [node.offsetLeft, node.offsetTop, node.offsetWidth, node.offsetHeight])",
+    )
+    for i, (x, y, w, h) in enumerate(boxes):  # none covers another
+        assert all(abs(x - u) >= w or abs(y - v) >= h for u, v, *_ in boxes[:i])
+    save_file({"tokens": held["tokens"], "mine": held["norm"]}, tmp_path / "t.safetensors")
+    page.set_input_files("#file", [trace / "float32.safetensors", tmp_path / "t.safetensors"])
+    page.wait_for_selector("#files:has-text('against')")
+    page.set_input_files("#file", tmp_path / "t.safetensors")
+    page.wait_for_selector("#map [data-tensor]")
+    assert page.eval_on_selector_all("#map [data-tensor]", nodes)[0][0] == "tokens"
+
+
+def test_traces_inside_the_page(page, trace, tmp_path):
+    traces = [
+        (f"mine {dtype}", (trace / f"{dtype}.safetensors").read_bytes())
+        for dtype in ("float32", "bfloat16")
+    ]
+    left_out = tmp_path / "less.safetensors"
+    save_file({"norm": torch.ones(1, 2, 3)}, left_out, {"left_out": "attention.q"})
+    for given in (traces[:1], traces, [("less", left_out.read_bytes())]):
+        at = view.write_page(tmp_path / "p.html", view.with_traces(given)).as_uri()
+        page.goto(at)
+        page.wait_for_selector("#list [aria-current=true]")
+        names = re.findall(r"(\S+(?: \S+)?) \(", page.text_content("#files"))
+        assert [name.removeprefix("against ").strip() for name in names] == [x for x, _ in given]
+        assert page.is_visible("#hint") and page.is_hidden("#own")
+    assert "less goes without attention.q" in page.text_content("#left_out")
+
+
+def test_the_page_may_fetch_nothing(browser, trace, tmp_path):
+    at = view.write_page(tmp_path / "p.html", view.with_traces([]))
+    asked = []
+    answer = {"do_GET": lambda self: asked.append(self.path)}
+    handler = type("Asked", (http.server.BaseHTTPRequestHandler,), answer)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        for file in (VIEWER, at.as_uri()):
+            context = browser.new_context()
+            page = context.new_page()
+            page.goto(file)
+            refused = page.evaluate(
+                """async url => {
+                const refused = [];
+                addEventListener('securitypolicyviolation', e => refused.push(e.effectiveDirective));
+                await fetch(url + '/fetch').catch(() => {});
+                const make = tag => document.createElement(tag);
+                const add = (tag, what) => document.body.append(Object.assign(make(tag), what));
+                add('img', {src: url + '/img'});
+                add('script', {src: url + '/script'});
+                add('script', {textContent: 'window.ran = true'});
+                add('iframe', {src: url + '/frame'});
+                add('link', {rel: 'stylesheet', href: url + '/style'});
+                await new Promise(done => setTimeout(done, 300));
+                return refused.concat(window.ran ? 'ran' : []);
+            }""",
+                url,
+            )
+            expected = {"connect-src", "img-src", "script-src-elem", "frame-src", "style-src-elem"}
+            assert set(refused) == expected, refused
+            context.close()
+        server.shutdown()
+    assert asked == []
 
 
 def test_keys(page, trace):

@@ -1,13 +1,18 @@
 """Where does a port of Llama 3 first go wrong, and what mistake looks like that?
 
     python tools/compare.py theirs.safetensors                       the prompt's ids are in the file
-    python tools/compare.py theirs.safetensors --weights ~/Llama3.2-1B --prompt "Once upon a time"
-    python tools/compare.py theirs.safetensors --map names.json --json
+    python tools/compare.py theirs.pt --weights ~/Llama3.2-1B --prompt "Once upon a time"
+    python tools/compare.py theirs.npz --map names.json --json
 
-theirs.safetensors holds tensors that another implementation computed, any of the names that the script traces
-(`--save-trace` writes all of them); names.json maps its names to these. The script's forward runs on the same
-weights and tokens, every tensor is compared in the order of the pass, and for the first that differs, known
-mistakes are made on purpose, one after another, to see which of them gives the other file's tensors.
+theirs holds tensors that another implementation computed, as many as you like: a .safetensors, .npz or
+.pt file or a folder of .npy files. Names are the script's (--save-trace writes all of them), or those of
+modules of transformers, LLMs-from-scratch or Meta's reference; names.json maps others to the script's, {}
+is the layer.
+
+The script's forward runs on the same weights and tokens, and every tensor is compared in the order of the
+pass. Then each step is computed once more from the other file's own tensors: which steps are wrong in
+themselves? For each of those, known mistakes are made on purpose, one after another, to see which gives
+the other file's tensor.
 
 Exit code: 0 if all agrees, 1 if something differs, 2 if the input is wrong.
 """
@@ -19,649 +24,352 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # quiet also while torch is imported
-import safetensors
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run by its path
-from llama3_from_scratch import (
-    encode,
-    forward,
-    load_model,
-    project,
-    rope_turns,
-    rotate,
-)
-from parts import first_line, printable
-from parts.files import local_path, openable, read_text
+from llama3_from_scratch import encode, load_model
+from parts import inside, printable, view, vocabulary
 from parts.layouts import free_memory
 from parts.programs import flags_of, run_program
+from tools import angles, dumps
+from tools.mistakes import MISTAKES, pass_with
 
-# ------------------------------------------------------------------------------------ known mistakes
-# A mistake changes what goes into forward (params, weights, tokens, positions), or gives a probe
-# inject(name, x, seen, run) that returns the wrong tensor in place of x, or None to leave it; seen holds the
-# tensors of the pass so far, run what the pass was started with. Names lose their "layers.{i}." before the
-# call, seen is that layer's.
+DTYPES = ("float32", "bfloat16", "float16")
+LARGEST_TOLERANCE = 0.1  # a relative error; beyond it "agrees" would mean nothing
+MASKED = -5e3  # a score that stands for -inf: e to this is 0 in every number format
 
+# ------------------------------------------------------------------------------------ passes of the script
 
-def to_halves(x):
-    """Numbers of each head from interleaved pairs to half-split ones: 0 1 2 3 4 5 to 0 2 4 1 3 5."""
-    return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
+def plain_pass(tokens, model, mistakes=()):
+    """Every tensor of a pass of the script's, by name."""
+    weights, params = model
+    trace = {}
 
-def to_pairs(x):
-    return x.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
+    def keep(name, versions, redo):
+        trace[name] = versions[-1]
+        return versions[-1]
 
-
-def turns_of(run):
-    return rope_turns(run["positions"], run["params"])
-
-
-def rotated(how):
-    """A mistake in the rotation: how(x, turns) in place of rotate, for q and k."""
-
-    def inject(name, x, seen, run):
-        if name in ("attention.q_rotated", "attention.k_rotated"):
-            return how(seen[name.removesuffix("_rotated")], turns_of(run))
-
-    return {"inject": inject}
-
-
-def bfloat16_table(x, turns):
-    return rotate(x, torch.view_as_complex(torch.view_as_real(turns).bfloat16().float()))
-
-
-def rope_on_v(name, x, seen, run):
-    if name == "attention.v":
-        return rotate(x, turns_of(run))
-
-
-def no_rope_on(*parts):
-    """q or k or both as they were before RoPE."""
-
-    def inject(name, x, seen, run):
-        if name in [f"attention.{part}_rotated" for part in parts]:
-            return seen[name.removesuffix("_rotated")]
-
-    return {"inject": inject}
-
-
-def merged_as_they_lie(name, x, seen, run):
-    if name == "attention.out":
-        heads = seen["attention.heads"]  # B H T E
-        return project(
-            heads.reshape(x.shape[:2] + (-1,)),
-            run["weights"][f"{seen['layer']}attention.wo.weight"],
-        )
-
-
-def repeated(x, run, tiled=False):
-    """Keys or values for each query head: B K T E to B H T E."""
-    G = run["params"]["n_heads"] // run["params"]["n_kv_heads"]
-    return x.repeat(1, G, 1, 1) if tiled else x.repeat_interleave(G, 1)
-
-
-def all_scores(seen, run, k=None):
-    """Scores without a mask."""
-    q, k = (
-        seen["attention.q_rotated"],
-        repeated(seen["attention.k_rotated"], run) if k is None else k,
-    )
-    return q @ k.mT / math.sqrt(q.shape[-1])
-
-
-def future(x, offset=0):
-    """Which scores are of later tokens; with an offset, tokens that stand so much further."""
-    T, S = x.shape[-2:]
-    return torch.arange(S)[None] > torch.arange(T)[:, None] + offset
-
-
-def mask(offset=None):
-    """The mask forgotten, or one token off."""
-
-    def inject(name, x, seen, run):
-        if name == "attention.scores":
-            scores = all_scores(seen, run)
-            if offset is None:
-                return scores
-            hidden = scores.masked_fill(future(scores, offset), -math.inf)
-            hidden[..., 0, :] = torch.where(
-                hidden[..., 0, :].isfinite().any(-1, True), hidden[..., 0, :], -1e9
-            )
-            return hidden
-
-    return {"inject": inject}
-
-
-def mask_after_softmax(name, x, seen, run):
-    if name == "attention.scores":
-        return all_scores(seen, run)
-    if name == "attention.probs":
-        return x.masked_fill(future(x), 0)
-
-
-def scaled(factor):
-    def inject(name, x, seen, run):
-        if name == "attention.scores":
-            return x * factor(run["params"])
-
-    return {"inject": inject}
-
-
-def softmax_over(dim):
-    def inject(name, x, seen, run):
-        if name == "attention.probs":
-            return seen["attention.scores"].float().softmax(dim).nan_to_num().to(x.dtype)
-
-    return {"inject": inject}
-
-
-def tiled_heads(name, x, seen, run):
-    if name == "attention.scores":
-        scores = all_scores(seen, run, repeated(seen["attention.k_rotated"], run, tiled=True))
-        return scores.masked_fill(future(scores), -math.inf)
-    if name == "attention.heads":
-        return seen["attention.probs"] @ repeated(seen["attention.v"], run, tiled=True)
-
-
-def late_cache(name, x, seen, run):
-    """Each key and value stands one slot too far: a token sees a slot of zeros, and not itself."""
-
-    def late(x):
-        return torch.nn.functional.pad(repeated(x, run), (0, 0, 1, 0))[:, :, :-1]
-
-    if name == "attention.scores":
-        scores = all_scores(seen, run, late(seen["attention.k_rotated"]))
-        return scores.masked_fill(future(scores), -math.inf)
-    if name == "attention.heads":
-        return seen["attention.probs"] @ late(seen["attention.v"])
-
-
-def norms(how):
-    """Another norm: how(x, weight, eps) in place of rms_norm."""
-    source = {"attention_norm": "in", "ffn_norm": "after_attention", "norm": "in"}
-
-    def inject(name, x, seen, run):
-        if name in source:
-            weight = run["weights"][f"{seen['layer']}{name}.weight"]
-            return how(seen[source[name]], weight, run["params"]["norm_eps"])
-
-    return {"inject": inject}
-
-
-def layer_norm(x, weight, eps):
-    return torch.nn.functional.layer_norm(x, weight.shape, weight, None, eps)
-
-
-def norm_in_bfloat16(x, weight, eps):
-    h = x.bfloat16()
-    return (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-
-
-def activation(how):
-    def inject(name, x, seen, run):
-        if name == "feed_forward.gate":
-            return how(
-                project(seen["ffn_norm"], run["weights"][f"{seen['layer']}feed_forward.w1.weight"])
-            )
-
-    return {"inject": inject}
-
-
-def hidden(how):
-    def inject(name, x, seen, run):
-        if name == "feed_forward.hidden":
-            return how(seen["feed_forward.gate"], seen["feed_forward.up"])
-
-    return {"inject": inject}
-
-
-def residual(attention=None, ffn=None):
-    """attention, ffn: the name of what is added to the output in place of the residual stream, or ""."""
-
-    def inject(name, x, seen, run):
-        for place, out, other in (
-            ("after_attention", "attention.out", attention),
-            ("out", "feed_forward.out", ffn),
-        ):
-            if name == place and other is not None:
-                return seen[out] + seen[other] if other else seen[out]
-
-    return {"inject": inject}
-
-
-def no_final_norm(name, x, seen, run):
-    if name == "norm":
-        return seen["in"]
-
-
-def changed_weights(change):
-    """change(name, w, weights) gives another tensor for a weight, or None."""
-
-    def changed(held):
-        new = {name: change(name, w, held) for name, w in held.items()}
-        return {name: held[name] if w is None else w for name, w in new.items()}
-
-    return {"weights": changed}
-
-
-def changed_params(**changes):
-    """Other sizes, such as rope_theta=10000.0, in place of the model's."""
-    return {"params": lambda held: held | changes}
-
-
-def swapped(a, b):
-    """Two weights of a layer, each taken for the other."""
-
-    def change(name, w, held):
-        for one, other in ((a, b), (b, a)):
-            if name.startswith("layers.") and name.endswith(f".{one}.weight"):
-                return held[name.replace(one, other)]
-
-    return changed_weights(change)
-
-
-def transposed(part):
-    def change(name, w, held):
-        if name.endswith(f"{part}.weight") and w.shape[0] == w.shape[1]:
-            return w.T.contiguous()
-
-    return changed_weights(change)
-
-
-def norm_weights(how):
-    return changed_weights(lambda name, w, held: how(w) if name.endswith("norm.weight") else None)
-
-
-def rotate_half(x, turns):
-    """Interleaved weights, but the first half of a head rotated against the second."""
-    return to_halves(rotate(to_pairs(x), turns))
-
-
-def rotate_pairs_of_halves(x, turns):
-    """Half-split weights, as in Hugging Face's files, but neighbours rotated against each other."""
-    return to_pairs(rotate(to_halves(x), turns))
-
-
-MISTAKES = {  # what it is: (how it is made, the mend)
-    "you rotate half-split pairs on interleaved weights": (
-        rotated(rotate_half),
-        "Meta's wq and wk hold neighbouring pairs (0,1), (2,3), …: rotate those, or permute the weights",
-    ),
-    "you rotate interleaved pairs on half-split weights": (
-        rotated(rotate_pairs_of_halves),
-        "Hugging Face's q_proj and k_proj pair number i with i + E/2: rotate those, or permute the weights",
-    ),
-    "positions start at 1": (
-        {"positions": lambda at: at + 1},
-        "the first token stands at position 0",
-    ),
-    "rope_theta is 10000": (changed_params(rope_theta=10000.0), "take rope_theta from params.json"),
-    "RoPE scaling is off": (
-        changed_params(use_scaled_rope=False),
-        "from Llama 3.1 on frequencies are scaled",
-    ),
-    "the RoPE scaling factor is 8": (
-        changed_params(rope_scaling_factor=8),
-        "here it is {rope_scaling_factor:g}; 3.2 1B and 3B have 32",
-    ),
-    "the RoPE scaling factor is 32": (
-        changed_params(rope_scaling_factor=32),
-        "here it is {rope_scaling_factor:g}; only 3.2 1B and 3B have 32",
-    ),
-    "the RoPE table is in bfloat16": (rotated(bfloat16_table), "keep cos and sin in float32"),
-    "the rotation goes the wrong way": (
-        rotated(lambda x, turns: rotate(x, turns.conj())),
-        "(a, b) becomes (a cos - b sin, a sin + b cos)",
-    ),
-    "RoPE is applied to v too": ({"inject": rope_on_v}, "rotate q and k alone"),
-    "RoPE is not applied to k": (no_rope_on("k"), "rotate k as q"),
-    "RoPE is not applied to q": (no_rope_on("q"), "rotate q as k"),
-    "RoPE is not applied": (no_rope_on("q", "k"), "rotate q and k before the scores"),
-    "scores are not divided by sqrt(E)": (
-        scaled(lambda p: math.sqrt(p["head_dim"])),
-        "divide q @ k by the square root of the head dim",
-    ),
-    "scores are divided by sqrt(D)": (
-        scaled(lambda p: math.sqrt(p["head_dim"] / p["dim"])),
-        "the head dim's square root, not the model dim's",
-    ),
-    "scores are divided by E": (
-        scaled(lambda p: 1 / math.sqrt(p["head_dim"])),
-        "divide q @ k by the square root of the head dim",
-    ),
-    "there is no causal mask": (mask(), "set scores of later tokens to -inf before the softmax"),
-    "the mask lets each token see the next one": (mask(1), "the diagonal is the last that is seen"),
-    "the mask hides each token from itself": (mask(-1), "the diagonal is to be seen"),
-    "the mask is applied after the softmax": (
-        {"inject": mask_after_softmax},
-        "mask the scores, not the probs",
-    ),
-    "softmax goes over the queries": (softmax_over(-2), "softmax over the last axis, the keys"),
-    "softmax goes over the heads": (softmax_over(1), "softmax over the last axis, the keys"),
-    "key/value heads are tiled, not interleaved": (
-        {"inject": tiled_heads},
-        "query head h reads key/value head h // G (repeat_interleave, not repeat)",
-    ),
-    "heads are merged without transposing": (
-        {"inject": merged_as_they_lie},
-        "B H T E to B T H E first, then heads side by side",
-    ),
-    "attention_norm and ffn_norm are swapped": (
-        swapped("attention_norm", "ffn_norm"),
-        "input_layernorm is attention_norm, post_attention_layernorm is ffn_norm",
-    ),
-    "norm eps is 1e-6": (changed_params(norm_eps=1e-6), "take norm_eps from params.json"),
-    "norms are computed in bfloat16": (norms(norm_in_bfloat16), "square and average in float32"),
-    "norm weights are forgotten": (
-        norm_weights(torch.ones_like),
-        "multiply by the weight after the norm",
-    ),
-    "norm weights have 1 added": (
-        norm_weights(lambda w: w + 1),
-        "that is Gemma's; Llama multiplies by w",
-    ),
-    "LayerNorm in place of RMSNorm": (norms(layer_norm), "RMSNorm does not subtract the mean"),
-    "w1 and w3 are swapped": (
-        swapped("feed_forward.w1", "feed_forward.w3"),
-        "silu(w1 x) * w3 x: gate_proj is w1, up_proj is w3",
-    ),
-    "GELU in place of SiLU": (activation(torch.nn.functional.gelu), "the gate is silu(w1 x)"),
-    "tanh GELU in place of SiLU": (
-        activation(lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
-        "the gate is silu(w1 x)",
-    ),
-    "ReLU in place of SiLU": (activation(torch.relu), "the gate is silu(w1 x)"),
-    "gate and up are added, not multiplied": (
-        hidden(lambda gate, up: gate + up),
-        "hidden = gate * up",
-    ),
-    "up is left out": (hidden(lambda gate, up: gate), "hidden = gate * up"),
-    "the gate is left out": (hidden(lambda gate, up: up), "hidden = gate * up"),
-    "residuals are taken after the norm": (
-        residual("attention_norm", "ffn_norm"),
-        "add the block's output to its input before the norm",
-    ),
-    "the residual is forgotten": (residual("", ""), "add the block's input to its output"),
-    "the residual around attention is forgotten": (
-        residual(""),
-        "add the block's input to its output",
-    ),
-    "the residual around the feed-forward is forgotten": (
-        residual(ffn=""),
-        "add the block's input to its output",
-    ),
-    "the final norm is forgotten": (
-        {"inject": no_final_norm},
-        "norm.weight comes before the output head",
-    ),
-    "the embedding is used as the output head": (
-        changed_weights(
-            lambda name, w, held: held["tok_embeddings.weight"] if name == "output.weight" else None
-        ),
-        "this model is not tied: use output.weight (lm_head)",
-    ),
-    "the KV cache is written one position late": (
-        {"inject": late_cache},
-        "token p goes into slot p",
-    ),
-    **{
-        f"{part} is transposed": (transposed(part), "weights are (out, in): y = x @ w.T")
-        for part in ("wq", "wk", "wv", "wo")
-    },
-}
-
-
-def make(names, tokens, held, sizes):
-    """The trace of forward with some mistakes: by name what flowed on, and what was there."""
-    run = {"positions": torch.arange(tokens.shape[1])[None], "weights": held, "params": sizes}
-    injections = []
-    for name in names:
-        how = MISTAKES[name][0]
-        for part in run:
-            run[part] = how.get(part, lambda x: x)(run[part])
-        if "inject" in how:
-            injections.append(how["inject"])
-    trace, seen = {}, {"layer": "", "in": None}
-
-    def probe(name, dims, x):
-        layer = re.match(r"layers\.\d+\.", name)
-        short = name.removeprefix(layer[0]) if layer else name
-        if layer and layer[0] != seen["layer"]:
-            stream = seen["out"] if seen["layer"] else seen["tok_embeddings"]
-            seen.clear()
-            seen.update({"layer": layer[0], "in": stream})
-        if short == "norm":
-            seen.update({"layer": "", "in": seen["out"]})
-        flowing = [x]
-        for inject in injections:
-            wrong = inject(short, flowing[-1], seen, run)
-            if wrong is not None:
-                flowing.append(wrong.to(x.dtype))
-        seen[short] = flowing[-1]
-        trace[name] = flowing[::-1]
-        return flowing[-1]
-
-    forward(tokens, run["weights"], run["params"], positions=run["positions"], probe=probe)
+    pass_with(mistakes, tokens, weights, params, keep)
     return trace
+
+
+def spans_of(theirs, params):
+    """Runs of layers that can be computed one without the other: their end is in the dump.
+
+    A list of (range of layers, whether norm and logits follow).
+    """
+    L = params["n_layers"]
+    edges = [0, *[i + 1 for i in range(L) if f"layers.{i}.out" in theirs]]
+    spans = [(range(a, b), False) for a, b in itertools.pairwise(edges)]
+    return [*spans, (range(edges[-1], L), True)]
+
+
+def replay(mistakes, theirs, tokens, model, span, judge):
+    """A span of a pass in which each step starts from the other file's own tensors, as far as it holds them.
+
+    theirs: by name the ways to read a tensor. judge(name, ways, versions): which of the ways is it, of
+    which of the versions that forward and the mistakes gave? Or None to stop. That is what flows on,
+    right or wrong, so that later steps are judged by themselves.
+    """
+    weights, params = model
+    layers, head = span
+
+    def meet(name, versions, redo):
+        if name not in theirs:
+            return versions[-1]
+        judged = judge(name, theirs[name], versions)
+        if judged is None:
+            raise StopIteration
+        x, n = judged
+        return redo(n, x.float()) if x.shape == versions[-1].shape else versions[-1]
+
+    entry = None
+    if layers.start > 0:
+        entry = theirs[f"layers.{layers.start - 1}.out"][0].float()
+    try:
+        pass_with(mistakes, tokens, weights, params, meet, layers, head, entry)
+    except StopIteration:
+        pass
+
+
+def errors_of(mistakes, theirs, tokens, model, span, tolerances, until=None):
+    """By name the relative error of each step of a span from the other file's own tensors.
+
+    A dump may hold a tensor as it was before a mistake: that counts as right, and the mistake is made
+    after it. until: the name after which to stop.
+    """
+    errors = {}
+
+    def judge(name, ways, versions):
+        tried = []
+        for n in reversed(range(len(versions))):
+            error, x = min(
+                ((relative_error(x, versions[n]), x) for x in ways), key=lambda it: it[0]
+            )
+            tried.append((error, x, n))
+            if error <= tolerances[name]:
+                break
+        else:
+            tried = tried[:1] if len(versions) == 1 else [(tried[0][0], ways[0], len(versions) - 1)]
+        error, x, n = tried[-1]
+        errors[name] = error
+        return None if name == until else (x, n)
+
+    replay(mistakes, theirs, tokens, model, span, judge)
+    return errors
+
+
+def all_errors(mistakes, theirs, tokens, model, tolerances):
+    """errors_of for all spans, in the order of the pass."""
+    errors = {}
+    for span in spans_of(theirs, model[1]):
+        errors |= errors_of(mistakes, theirs, tokens, model, span, tolerances)
+    return errors
 
 
 # ------------------------------------------------------------------------------------ comparing two tensors
 
 
-def readings(name, theirs, ours, G):
-    """Ways in which a tensor can be laid out that make no difference: (words, theirs, ours) of one shape."""
-    read, heads = [((), theirs, ours)], ours.dim() == 4
-    B, T = (
-        ours.shape[0],
-        ours.shape[-2] if not name.endswith(("scores", "probs")) else ours.shape[-1],
-    )
-
-    def also(words, change):
-        for said, x, y in list(read):
-            try:
-                result = change(x, y)
-            except (RuntimeError, IndexError, ValueError):
-                continue  # it cannot be read so
-            if result is not None:
-                read.append(
-                    ((*said, words), *(result if isinstance(result, tuple) else (result, y)))
-                )
-
-    if B == 1:
-        also(
-            "without a batch axis",
-            lambda x, y: x[None] if x.dim() < y.dim() or in_groups(x, y) else None,
-        )
-    if name in ("norm", "logits"):
-        also(
-            "of the last position only",
-            lambda x, y: (x, y[:, -1:]) if x.shape[1:2] != y.shape[1:2] else None,
-        )
-        also(
-            "of the last position only",
-            lambda x, y: (x[:, None], y[:, -1:]) if x.dim() == 2 else None,
-        )
-    if heads and name.endswith(("scores", "probs")):
-        also("heads in groups", lambda x, y: x.flatten(1, 2) if x.dim() == 5 else None)
-        also(
-            "with slots to spare",
-            lambda x, y: x[..., :T] if x.dim() == 4 and x.shape[-1] > T else None,
-        )
-    elif heads:
-        H, E = ours.shape[1], ours.shape[3]
-        for n in {H, H * G}:
-            also(
-                "heads side by side",
-                lambda x, y, n=n: (
-                    x.unflatten(-1, (n, E)).transpose(1, 2) if x.shape[-1] == n * E != E else None
-                ),
-            )
-        also("positions before heads", lambda x, y: x.transpose(1, 2) if x.dim() == 4 else None)
-        also("grouped", lambda x, y: x.flatten(1, 2) if x.dim() == 5 else None)
-        if G > 1 and name.endswith(("k", "v", "k_rotated")):
-            also(
-                "repeated for each query head",
-                lambda x, y: x[:, ::G] if x.shape[1] == H * G and same_in_groups(x, G) else None,
-            )
-        if name.endswith(("q", "k", "_rotated")):
-            also("half-split pairs", lambda x, y: to_pairs(x))
-    return [(said, x, y) for said, x, y in read if x.shape == y.shape]
+def aligned(x, y):
+    """Two tensors in float64: of y the last position alone where x has no other, masks as -inf in both."""
+    if x.shape != y.shape:
+        y = y[:, -1:]
+    x, y = x.double(), y.double()
+    x = torch.where((y == -math.inf) & (x < MASKED), -math.inf, x)
+    return x, y
 
 
-def in_groups(x, y):
-    """Is x (K G T S) of the size of y (1 H T S)?"""
-    return x.dim() == y.dim() == 4 and x.shape[1] < y.shape[1] == x.shape[0] * x.shape[1]
-
-
-def same_in_groups(x, G):
-    x = x.unflatten(1, (-1, G))
-    return torch.equal(x, x[:, :, :1].expand_as(x))
+def relative_error(x, y):
+    """The norm of the difference, as a part of y's. -inf agrees with -inf alone."""
+    x, y = aligned(x, y)
+    same = (x == y) & x.isinf()
+    apart = (x - y).masked_fill(same, 0)
+    error = apart.norm() / y.masked_fill(same, 0).norm().clamp_min(1e-30)
+    return error.item() if error.isfinite() else math.inf
 
 
 def difference(x, y):
-    """Relative and largest absolute error of x, where it is, and the cosine. -inf agrees with -inf alone."""
-    x, y = x.double(), y.double()
-    x = torch.where(
-        (y == -math.inf) & (x < -1e4), -math.inf, x
-    )  # masks are often large negative numbers
+    """Relative and largest absolute error of x, where that is, both numbers there, and the cosine."""
+    x, y = aligned(x, y)
     same = (x == y) & x.isinf()
-    x, y = x.masked_fill(same, 0), y.masked_fill(same, 0)
-    apart = (x - y).abs()
-    place = [int(n) for n in torch.unravel_index(apart.argmax(), apart.shape)]
-    worst = apart.max().item()
-    relative = (
-        (apart.norm() / y.norm().clamp_min(1e-30)).item() if math.isfinite(worst) else math.inf
-    )
-    cosine = torch.nn.functional.cosine_similarity(x.flatten(), y.flatten(), 0).item()
-    return {"relative": relative, "absolute": worst, "at": place, "cosine": cosine}
-
-
-def best_reading(name, theirs, candidates, G, tolerance):
-    """The difference of theirs to the nearest of some tensors, read in the way that comes nearest."""
-    best = None
-    for ours in candidates:
-        for said, x, y in readings(name, theirs, ours, G):
-            here = difference(x, y) | {"layout": ", ".join(said)}
-            if best is None or here["relative"] < best["relative"]:
-                best = here
-            if best["relative"] <= tolerance:
-                return best
-    if best is None:
-        shapes = f"{tuple(theirs.shape)}, expected {tuple(candidates[0].shape)}"
-        raise ValueError(f"{name} has shape {shapes}: of another model, or of other tokens")
-    return best
-
-
-def compare(theirs, trace, tolerances, G):
-    """Differences by name, in the order of the pass, of the names that are in both."""
+    apart = (x - y).abs().masked_fill(same, 0)
+    at, rest = [], int(apart.argmax())
+    for size in reversed(apart.shape):
+        rest, n = divmod(rest, size)
+        at.insert(0, n)
+    a, b = x.masked_fill(same, 0), y.masked_fill(same, 0)
     return {
-        name: best_reading(name, theirs[name], candidates, G, tolerances[name])
-        for name, candidates in trace.items()
-        if name in theirs
+        "relative": relative_error(x, y),
+        "absolute": apart.max().item(),
+        "at": at,
+        "theirs": x[tuple(at)].item(),
+        "ours": y[tuple(at)].item(),
+        "cosine": ((a * b).sum() / (a.norm() * b.norm()).clamp_min(1e-30)).item(),
     }
+
+
+def read_layouts(theirs, trace, G, halves=False):
+    """By name the ways in which a tensor of a dump can be read, the nearest to the script's first.
+
+    A list of (words, tensor) each. ValueError for a tensor that cannot be the script's. halves: are the
+    numbers of q and k in two halves, where they do not tell themselves?
+    """
+    read = {}
+    for name, ours in trace.items():
+        if name not in theirs:
+            continue
+        ways = dumps.readings(name, theirs[name], tuple(ours.shape), G)
+        if not ways:
+            shapes = f"{tuple(theirs[name].shape)}, expected {tuple(ours.shape)}"
+            raise ValueError(f"{name} has shape {shapes}: of another model, or of other tokens")
+        read[name] = sorted(ways, key=lambda way, ours=ours: relative_error(way[1], ours))
+    # Are the numbers of q and k in two halves? One tensor may look so by chance; a port does it throughout.
+    turned = [name for name in read if re.search(r"attention\.[qk](_rotated)?$", name)]
+    telling = [name for name in turned if not name.endswith("_rotated")] or turned
+    totals = [
+        sum(
+            min(
+                min(relative_error(x, trace[name]), 10.0)
+                for words, x in read[name]
+                if words.endswith(dumps.HALVES) == halves
+            )
+            for name in telling
+            if len({words.endswith(dumps.HALVES) for words, _ in read[name]}) == 2
+        )
+        for halves in (False, True)
+    ]
+    if min(totals) < max(totals) / 2:  # else it is neither; the names have to tell
+        halves = totals[1] < totals[0]
+    for name in turned:
+        near = relative_error(read[name][0][1], trace[name]) < 0.01
+        fitting = [way for way in read[name] if way[0].endswith(dumps.HALVES) == halves]
+        if fitting and not near:
+            read[name] = fitting
+    return read
+
+
+def compare(read, trace, T):
+    """Differences by name, in the order of the pass."""
+    found = {}
+    for name, ways in read.items():
+        words, x = ways[0]
+        found[name] = difference(x, trace[name]) | {"layout": words}
+        found[name]["place"] = place_of(name, found[name]["at"], x.shape, T)
+    return found
+
+
+def place_of(name, at, shape, T):
+    """Where is a number, by the letters of the tensor's dims?"""
+    part = re.sub(r"^layers\.\d+\.", "", name)
+    if len(at) == 4:
+        head = "K" if part.endswith(("k", "k_rotated", "v")) else "H"
+        letters = (head, "T", "S" if part.endswith(("scores", "probs")) else "E")
+    else:
+        units = part in ("feed_forward.gate", "feed_forward.up", "feed_forward.hidden")
+        letters = ("T", "V" if name == "logits" else "F" if units else "D")
+    place = dict(zip(letters, at[1:]))
+    if shape[-2] == 1:
+        place["T"] = T - 1  # of the last position alone
+    return place
+
+
+WORDS = {
+    "H": "head", "K": "key/value head", "T": "position", "S": "key", "E": "dim", "D": "dim",
+    "F": "unit", "V": "token id",
+}  # fmt: skip
+
+
+def in_words(place):
+    return ", ".join(f"{WORDS[letter]} {n}" for letter, n in place.items())
 
 
 # ------------------------------------------------------------------------------------ what it looks like
 
-
-def layers_until(name, params):
-    """Params of a model cut after the layer of a tensor: what is needed to see whether it is explained."""
-    layer = re.match(r"layers\.(\d+)\.", name)
-    return params | {"n_layers": min(params["n_layers"], int(layer[1]) + 2)} if layer else params
+PAIRS_WORTH = 1e12  # multiplications; a laptop does them in a minute or two
 
 
-def diagnose(theirs, tokens, weights, params, tolerances, most=3):
+def diagnose(theirs, tokens, model, bounds, right, most=5):
     """Which known mistakes, one after another, give the other file's tensors?
 
-    Returns a list of steps: {"first": name of the first tensor that differs, "mistakes": those that explain
-    it, "until": what differs next or None}. The last step has no mistakes if nothing explains it.
+    right: the errors of all steps from the dump's own tensors. Returns a list of steps: {"first": name of
+    the first tensor that differs though what it is made from is taken from the dump, "mistakes": those
+    that explain it, "until": what differs next or None}. Of a step that nothing explains the list of
+    mistakes is empty; what differs after it is a step only if something explains that.
     """
-    G, made, steps = params["n_heads"] // params["n_kv_heads"], [], []
-    names = list(tolerances)
+    spans = spans_of(theirs, model[1])
+    order = list(right)
+    made, steps, given_up = [], [], set()
+    known = {}  # errors by mistakes and span
+
+    def span_of(name):
+        return next(span for span in spans if holds(span, name))
+
+    def errors_in(span, mistakes, until=None):
+        key = (span, until, *mistakes)
+        if key not in known:
+            allowed = bounds(made)
+            known[key] = errors_of(mistakes, theirs, tokens, model, span, allowed, until)
+        return known[key]
+
+    def enough(name, mistakes, allowed):
+        """How near is near? Rounding to bfloat16 on purpose need only come five times as near as before."""
+        if any("bfloat16" in mistake for mistake in mistakes):
+            return max(allowed[name], min(right[name] / 5, 5e-3))
+        return allowed[name]
+
+    def next_wrong(mistakes):
+        allowed = bounds(mistakes)
+        for span in spans:
+            for name, error in errors_in(span, mistakes).items():
+                if error > enough(name, mistakes, allowed) and name not in given_up:
+                    return name
 
     def place(name):
-        return math.inf if name is None else names.index(name)
+        return math.inf if name is None else order.index(name)
 
-    def errors(mistakes, sizes):
-        differences = compare(theirs, make(mistakes, tokens, weights, sizes), tolerances, G)
-        return {name: d["relative"] for name, d in differences.items()}
-
-    def next_difference(errors_by_name, mistakes, right):
-        """Rounding to bfloat16 on purpose need only come five times as near, where it was near before."""
-        for name, error in errors_by_name.items():
-            near = (
-                min(right[name] / 5, 5e-3)
-                if any("bfloat16" in mistake for mistake in mistakes)
-                else 0
-            )
-            if error > max(tolerances[name], near):
-                return name
-
-    right = errors([], params)
-    first = next_difference(right, [], right)
+    first = next_wrong([])
     while first is not None and len(steps) < most:
-        cut = layers_until(first, params)  # enough to see whether it is explained
-
-        def until(mistakes, first=first, cut=cut):
-            next_one = next_difference(errors(mistakes, cut), mistakes, right)
-            if place(next_one) > place(first) and cut is not params:
-                next_one = next_difference(errors(mistakes, params), mistakes, right)
-            return next_one
-
+        span = span_of(first)
         others = [name for name in MISTAKES if name not in made]
-        reach = {(name,): until([*made, name]) for name in others}
-        if all(place(name) <= place(first) for name in reach.values()):  # two in the same place?
-            before = errors(made, cut)[first]
-            touching = [name for name in others if errors([*made, name], cut).get(first) != before]
-            pairs = itertools.combinations(touching, 2)
-            reach = {pair: until([*made, *pair]) for pair in pairs}
-        furthest = max(map(place, reach.values()), default=0)
+
+        until = None if given_up else first  # later on one pass serves for several tensors
+
+        def error_with(pair, first=first, span=span, until=until, made=made):
+            return errors_in(span, [*made, *pair], until)[first]
+
+        def explains(pair, first=first, made=made):
+            return error_with(pair) <= enough(first, [*made, *pair], bounds(made))
+
+        found = [(name,) for name in others if explains((name,))]
+        untried = 0
+        if not found and not given_up:  # two in the same place?
+            # With one of two mistakes made here too, what is left is the other's: not more than before.
+            before = error_with(())
+            errors_by_name = {name: error_with((name,)) for name in others}
+            touching = [n for n, e in errors_by_name.items() if e != before and e < 1.5 * before]
+            pairs = list(itertools.combinations(touching, 2))
+            if len(pairs) * work_of(span, tokens, model[1]) > PAIRS_WORTH:
+                pairs, untried = [], len(pairs)
+            if len(pairs) > 200:
+                words = f"no known mistake gives {first}: {len(pairs):,} pairs of two are tried"
+                print(words, file=sys.stderr, flush=True)
+            found = [pair for pair in pairs if explains(pair)]
+        reach = {pair: next_wrong([*made, *pair]) for pair in found}
+        furthest = max(map(place, reach.values()), default=-1)
         if furthest <= place(first):
-            steps.append({"first": first, "mistakes": [], "until": first})
-            break
+            if not given_up:
+                steps.append({"first": first, "mistakes": [], "until": first})
+                steps[-1] |= {"untried": untried} if untried else {}
+            given_up |= {name for name in order if place(name) <= place(first)}
+            given_up |= {
+                name for name in order if not (holds(span, name) or holds(spans[-1], name))
+            }
+            first = next_wrong(made)
+            continue
         best = [pair for pair, name in reach.items() if place(name) == furthest]
+        best = nearest(best, {pair: error_with(pair) for pair in best})
         for n, mistake in enumerate(best[0]):
             alike = [pair[n] for pair in best] if len(best[0]) == 1 else [mistake]
             last = n == len(best[0]) - 1
-            steps.append(
-                {"first": first, "mistakes": alike, "until": reach[best[0]] if last else "together"}
-            )
-        made += best[0]
+            until = reach[best[0]] if last else "together"
+            steps.append({"first": first, "mistakes": alike, "until": until})
+        made = [*made, *best[0]]
         first = reach[best[0]]
     return steps
 
 
-# ------------------------------------------------------------------------------------ the command line
+def nearest(mistakes, errors):
+    """Those of some mistakes that come nearest to a tensor; more than one if there is little between them."""
+    best = min(errors.values())
+    near = [it for it in mistakes if errors[it] <= max(1.02 * best, 1e-6)]
+    return sorted(near, key=lambda it: errors[it] > 1e-6 and errors[it])
 
 
-DTYPES = ("float32", "bfloat16", "float16")
-LARGEST_TOLERANCE = 0.1  # a relative error; beyond it "agrees" would mean nothing
-NUMBERS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+def holds(span, name):
+    """Is a tensor made in a span of layers?"""
+    layers, head = span
+    layer = re.match(r"layers\.(\d+)\.", name)
+    if not layer:
+        return head if name in ("norm", "logits") else layers.start == 0
+    return int(layer[1]) in layers
 
 
-def read_theirs(path, names):
-    """Tensors and metadata of their file, under our names; ValueError in one line if it cannot be used."""
-    if not local_path(path).is_file():
-        found = "not a file" if Path(path).exists() else "no such file"
-        raise ValueError(f"{path}: {found}; a safetensors file is expected")
-    try:
-        with openable(local_path(path)) as name, safetensors.safe_open(name, "pt") as file:
-            held = {name: file.get_tensor(name) for name in file.keys()}  # it is no dict
-            about = file.metadata() or {}
-    except Exception as problem:  # safetensors, torch and the system each have their own
-        raise ValueError(f"{path}: not a safetensors file ({first_line(problem)})") from None
-    theirs = {names.get(name, name): tensor for name, tensor in held.items()}
-    if len(theirs) < len(held):
-        raise ValueError(f"{path}: with --map two tensors have the same name")
-    absent = [name for name in names if name not in held]
-    if absent:
-        raise ValueError(f"{path}: no tensor {printable(absent[0], 100)}, which --map names")
-    return theirs, about
+def work_of(span, tokens, params):
+    """Multiplications of a pass over a span, about."""
+    D, F, HE = params["dim"], params["ffn_dim"], params["n_heads"] * params["head_dim"]
+    KE = params["n_kv_heads"] * params["head_dim"]
+    layer = 2 * D * HE + 2 * D * KE + 3 * D * F + 2 * tokens.shape[1] * HE
+    return tokens.shape[1] * (len(span[0]) * layer + span[1] * D * params["vocab_size"])
+
+
+# ------------------------------------------------------------------------------------ what is compared
 
 
 def told_by(path, about):
@@ -697,21 +405,9 @@ def told_by(path, about):
     return told | {"dtype": dtype}
 
 
-def check_theirs(path, theirs, known):
-    """ValueError unless the tensors that are to be compared are plain finite numbers (of scores -inf too)."""
-    for name in known:
-        kind, shape = theirs[name].dtype, tuple(theirs[name].shape)
-        if kind not in NUMBERS or not theirs[name].numel():
-            raise ValueError(f"{path}: {name} is {kind} {shape}; real numbers are expected")
-        bad = theirs[name].isnan() | (theirs[name].isinf() & (not name.endswith("scores")))
-        if bad.any():
-            place = bad.nonzero()[0].tolist()
-            raise ValueError(f"{path}: {name} holds {theirs[name][tuple(place)]} at {place}")
-
-
 def not_finite(trace):
     """The first tensor of a pass of ours that is not finite (of scores -inf is meant); None if all are."""
-    for name, (x, *_) in trace.items():
+    for name, x in trace.items():
         bad = ~x.isfinite()
         if name.endswith("scores"):
             bad &= x != -math.inf
@@ -725,7 +421,7 @@ def check_memory(params, T):
     H, K, E = params["n_heads"], params["n_kv_heads"], params["head_dim"]
     layer = 6 * D + 3 * F + 2 * H * E + 3 * K * E + H * E + 2 * H * T
     pass_of_float32 = 4 * T * (params["n_layers"] * layer + 2 * D + V)
-    needed = 2 * pass_of_float32 + 8 * 4 * T * max(H * T, V, F)
+    needed = 4 * pass_of_float32 + 8 * 4 * T * max(H * T, V, F)
     free = free_memory("cpu")
     if needed > free:
         raise ValueError(
@@ -734,20 +430,25 @@ def check_memory(params, T):
         )
 
 
-def reference_tokens(args, theirs, about, tokenizer, params):
-    """Token ids (1 T) to compare with, and words on what is odd about theirs."""
+def checked_ids(given, params):
+    """The ids of a dump's tokens, a list. ValueError unless they are one row of ids."""
+    if (
+        given.dtype not in (torch.int64, torch.int32)
+        or not given.dim()
+        or given.numel() != given.shape[-1]
+        or not given.numel()
+    ):
+        raise ValueError(
+            f"tokens is {given.dtype} {tuple(given.shape)}, expected int64 (T) or (1 T)"
+        )
+    return given.flatten().tolist()
+
+
+def reference_tokens(args, theirs, about, tokenizer, model):
+    """Token ids (1 T) to compare with, and words on what is odd about theirs, and on positions left out."""
+    params = model[1]
     begin, given = vars(tokenizer)["begin"], theirs.pop("tokens", None)
-    if given is not None:
-        if (
-            given.dtype not in (torch.int64, torch.int32)
-            or not given.dim()
-            or given.numel() != given.shape[-1]
-            or not given.numel()
-        ):
-            raise ValueError(
-                f"tokens is {given.dtype} {tuple(given.shape)}, expected int64 (T) or (1 T)"
-            )
-        given = given.flatten().tolist()
+    given = None if given is None else checked_ids(given, params)
     prompt = args.prompt if args.prompt is not None else about.get("prompt")
     if prompt is None and given is None:
         raise ValueError(
@@ -755,17 +456,16 @@ def reference_tokens(args, theirs, about, tokenizer, params):
         )
     expected = None
     if prompt is not None and not (args.prompt is None and given is not None):
-        ids = [*begin, *encode(tokenizer, prompt)]
-        lengths = {
-            x.shape[-2]
-            for name, x in theirs.items()
-            if x.dim() > 1 and (name == "tok_embeddings" or "_norm" in name)
-        }
-        expected = ids
-        if given is None and lengths:
-            N = len(begin)
-            given = {len(ids) - N: ids[N:], len(ids) + N: [*begin, *ids]}.get(lengths.pop(), ids)
-    ids = given or expected
+        expected = [*begin, *encode(tokenizer, prompt)]
+    length = dumps.positions_in(theirs, params)
+    ids = given
+    if ids is None:
+        tries = [expected]
+        if begin:
+            tries += [expected[len(begin) :], [*begin, *expected]]
+        tries = [ids for ids in tries if ids and max(ids) < params["vocab_size"]] or tries[:1]
+        tries.sort(key=lambda ids: len(ids) != length)  # stable: the likeliest first
+        ids = likeliest_ids(tries, length, theirs, model) if len(tries) > 1 else tries[0]
     if not ids or not all(0 <= n < params["vocab_size"] for n in ids):
         raise ValueError(f"the tokens are not those of this model: {ids[:8]}")
     words = None
@@ -773,28 +473,240 @@ def reference_tokens(args, theirs, about, tokenizer, params):
         words = "the tokens do not begin with <|begin_of_text|> (no BOS)"
     elif begin and ids[len(begin) : 2 * len(begin)] == begin:
         words = "the tokens begin with <|begin_of_text|> twice (two BOS)"
-    if expected is not None and ids != expected and words is None:
-        n = next(
-            (n for n, (a, b) in enumerate(zip(ids, expected)) if a != b),
-            min(len(ids), len(expected)),
+    of_prompt = ids[: int(about.get("prompt_tokens", len(ids)))]  # what was generated follows
+    if expected is not None and of_prompt != expected and words is None:
+        words = first_other_id(ids, expected, tokenizer)
+    check_memory(params, len(ids))
+    T = min(length, len(ids)) or len(ids)
+    cut = None
+    if length and length != len(ids):
+        cut = (
+            f"positions 0 to {T - 1} are compared: the dump has {length}, the tokens are {len(ids)}"
         )
-        words = f"the tokens are not those of the prompt, from position {n} on"
-    return torch.tensor([ids]), words
+    return torch.tensor([ids[:T]]), words, cut
+
+
+def first_other_id(ids, expected, tokenizer):
+    """Words on where a dump's tokens leave the prompt's."""
+
+    def shown(ids, n):
+        if n >= len(ids):
+            return "nothing"
+        text = vocabulary.piece(tokenizer, ids[n]).decode("utf-8", "backslashreplace")
+        return f"{ids[n]} ({printable(text, 40)!r})"
+
+    pairs = enumerate(zip(ids, expected))
+    n = next((n for n, (a, b) in pairs if a != b), min(len(ids), len(expected)))
+    there, here = shown(ids, n), shown(expected, n)
+    return f"the tokens are not those of the prompt, from position {n} on: {there}, not {here}"
+
+
+def likeliest_ids(tries, length, theirs, model):
+    """Which of some token ids is a dump of? Its first layer tells: with BOS, without it, or with two."""
+    weights, params = model
+    names = [name for name in dumps.traced_names(params | {"n_layers": 1}) if name in theirs]
+    best = None
+    for ids in tries:
+        T = min(length, len(ids)) or len(ids)
+        trace = {}
+
+        def keep(name, versions, redo, trace=trace):
+            trace[name] = versions[-1]
+            return versions[-1]
+
+        with torch.no_grad():
+            tokens = torch.tensor([ids[:T]])
+            pass_with((), tokens, weights, params, keep, range(1), params["n_layers"] == 1)
+        for name in names:
+            if name not in trace or theirs[name].dtype not in dumps.NUMBERS:
+                continue
+            shape, G = tuple(trace[name].shape), params["n_heads"] // params["n_kv_heads"]
+            ways = dumps.readings(name, theirs[name], shape, G)
+            error = min((relative_error(x, trace[name]) for _, x in ways), default=math.inf)
+            if best is None or error < best[0]:
+                best = error, ids
+            break
+    return best[1] if best else tries[0]
+
+
+def is_half(x, dtype):
+    """Are all numbers of a tensor numbers of 16 bits, and is one other than 0?"""
+    return bool(x.any()) and torch.equal(x.to(dtype).to(x.dtype), x)
+
+
+def dtype_of(args, theirs, about):
+    """What did they compute in? float32, or the 16 bits that most of their tensors have."""
+    known = args.dtype or about.get("dtype")
+    if known:
+        return getattr(torch, known)
+    # tok_embeddings are weights and logits are float32, whatever a port computes in; a gate is computed here
+    # if the dump has what comes before silu
+    telling = [
+        x
+        for name, x in theirs.items()
+        if name not in ("tok_embeddings", "logits") and not name.endswith("feed_forward.gate")
+    ]
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = sum(is_half(x, dtype) for x in telling)
+        if 2 * rounded > len(telling):  # scores and probs may be float32
+            return dtype
+    return torch.float32
+
+
+def same_for_all(tolerances):
+    """A function of mistakes, as step_bounds, that gives the same tolerances whatever they are."""
+    return lambda mistakes: tolerances
+
+
+def step_bounds(dtype, trace, tokens, model, names):
+    """A function: how far may each step be off that starts from a dump's own tensors, in 16 bits?
+
+    By name, three times as far as the script's own in that dtype, with the mistakes that have been found in
+    the dump: large scores, say, are rounded by more.
+    """
+    weights, params = model
+    rounded = {name: w.to(dtype) for name, w in weights.items()}
+    known = {}
+
+    def bounds(mistakes):
+        key = tuple(mistakes)
+        if key not in known:
+            allowed = dict(bounds([]) if mistakes else dict.fromkeys(trace, 4e-3))
+            computed = plain_pass(tokens, (rounded, params), mistakes)
+            exact = plain_pass(tokens, model, mistakes)  # or only the dump is rounded
+            for own in (computed, exact):
+                held = {name: [own[name].to(dtype)] for name in names}
+                errors = all_errors(mistakes, held, tokens, model, dict.fromkeys(trace, 0.0))
+                for name, error in errors.items():
+                    allowed[name] = min(LARGEST_TOLERANCE, max(allowed[name], 3 * error))
+            known[key] = allowed
+        return known[key]
+
+    return bounds
+
+
+def tolerances_of(args, dtype, trace, tokens, model, names):
+    """How far may a right port be off, by name? In 16 bits three times as far as the script itself.
+
+    Returns that for a whole pass, and a function of mistakes that gives it for each step by itself.
+    """
+    if args.tolerance is not None or dtype == torch.float32:
+        same = dict.fromkeys(trace, args.tolerance or 1e-5)
+        return same, same_for_all(same)
+    weights, params = model
+    own = plain_pass(tokens, ({name: w.to(dtype) for name, w in weights.items()}, params))
+    kind = str(dtype).removeprefix("torch.")
+    if (name := not_finite(own)) is not None:
+        raise ValueError(
+            f"in {kind} the script's own pass overflows: {name} is not finite; compare a dump in float32 "
+            "or bfloat16"
+        )
+    noise = {name: relative_error(own[name], trace[name]) for name in trace}
+    worst = max(noise, key=noise.__getitem__)
+    if noise[worst] > LARGEST_TOLERANCE:
+        raise ValueError(
+            f"in {kind} the script itself is {noise[worst]:.2g} off at {worst}, which is more than the "
+            f"{LARGEST_TOLERANCE} that may be allowed; compare a dump in float32"
+        )
+    bounds = {n: min(LARGEST_TOLERANCE, max(4e-3, 3 * error)) for n, error in noise.items()}
+    return bounds, step_bounds(dtype, trace, tokens, model, names)
+
+
+# ------------------------------------------------------------------------------------ what does not show
+
+LEAST = 3e-7  # what changes a tensor by less is rounding of float32, and no mistake in this model
+SURE = 20  # times the noise of all numbers together
+
+
+def steps_from(mistakes, theirs, tokens, model, span):
+    """What the script, with some mistakes, makes of the dump's own tensors in each step, by name."""
+    made = {}
+
+    def keep(name, ways, versions):
+        made[name] = versions[-1]
+        return ways[0], len(versions) - 1
+
+    replay(mistakes, theirs, tokens, model, span, keep)
+    return made
+
+
+def in_direction(mistakes, theirs, tokens, model, tolerances, plain):
+    """How far off do the last of some mistakes put each step, and how far are they off in that direction?
+
+    Returns the largest effect as a part of what is allowed, the part of it that the dump shows (1: all of
+    it, as if it were made; 0: nothing), how many times the noise of all numbers it is, and the first name
+    it changes. Stops at an effect that shows by itself.
+    """
+    largest, along, length, first = 0.0, 0.0, 0.0, None
+
+    def judge(name, ways, versions):
+        nonlocal largest, along, length, first
+        x, wrong, right = ways[0], versions[-1], plain[span][name]
+        if x.shape != wrong.shape:
+            wrong, right = wrong[:, -1:], right[:, -1:]
+        bad = ~(x.isfinite() & wrong.isfinite() & right.isfinite())
+        wrong, right = wrong.masked_fill(bad, 0), right.masked_fill(bad, 0)
+        effect = wrong - right
+        share = (effect.norm() / right.norm().clamp_min(1e-30)).item()
+        largest = max(largest, share / tolerances[name])
+        if LEAST < share and largest <= 1:
+            first = first or name
+            right, effect = right.double(), effect.double()
+            off = x.double().masked_fill(bad, 0) - right
+            noise = off.pow(2).mean().clamp_min(1e-14 * right.pow(2).mean()).clamp_min(1e-60)
+            along += ((effect * off).sum() / noise).item()
+            length += (effect.pow(2).sum() / noise).item()
+        return None if largest > 1 else (x, len(versions) - 1)
+
+    for span in plain:
+        if largest <= 1:
+            replay(mistakes, theirs, tokens, model, span, judge)
+    return largest, along / max(length, 1e-30), math.sqrt(length), first
+
+
+def below_rounding(theirs, tokens, model, tolerances):
+    """Which known mistakes are too small to show in a dump that agrees, and which of these were made?
+
+    A mistake is no noise: it moves all numbers in one direction. If it was made, then the dump is off by the
+    whole length in that direction; if not, by none of it. That shows also where each single number is off by
+    more, in 16 bits. Returns the names of those that do not show even so, and a list of steps as of diagnose.
+    """
+    steps, made, hidden = [], [], []
+    candidates = list(MISTAKES)
+    while candidates and len(steps) < 3:
+        plain = {
+            span: steps_from(made, theirs, tokens, model, span)
+            for span in spans_of(theirs, model[1])
+        }
+        found, unclear = [], []
+        for mistake in candidates:
+            here = in_direction([*made, mistake], theirs, tokens, model, tolerances, plain)
+            largest, part, sure, first = here
+            if first is None or largest > 1:
+                continue
+            if sure > SURE and abs(part - 1) < 0.3 and "bfloat16" not in mistake:
+                found.append((abs(part - 1), mistake, first))
+            elif sure <= SURE or abs(part) > 0.3:
+                unclear.append(mistake)
+        hidden = hidden or unclear
+        if not found:
+            break
+        found.sort()
+        _, best, first = found[0]
+        steps.append({"first": first, "mistakes": [best], "until": None, "below": True})
+        made.append(best)
+        candidates = [mistake for _, mistake, _ in found[1:]]
+    return [mistake for mistake in hidden if mistake not in made], steps
+
+
+# ------------------------------------------------------------------------------------ the command line
 
 
 def run(args):
-    names = {}
-    if args.map:
-        try:
-            if not local_path(args.map).is_file():
-                raise ValueError("not a file" if Path(args.map).exists() else "no such file")
-            names = json.loads(read_text(local_path(args.map)))
-            if not isinstance(names, dict) or not all(isinstance(x, str) for x in names.values()):
-                raise ValueError("expected an object from their names to ours")
-        except (OSError, ValueError, RecursionError) as problem:
-            said = str(problem).removeprefix(f"{args.map}: ")
-            raise ValueError(f"{args.map}: {said}") from None
-    theirs, about = read_theirs(args.theirs, names)
+    names = dumps.read_map(args.map) if args.map else {}
+    held, about = dumps.read_dump(args.theirs)
+    if args.html:
+        view.place_for_page(args.html)  # better known before all the work than after it
     told = told_by(args.theirs, about)
     weights, params, tokenizer = load_model(
         args.weights,
@@ -802,142 +714,288 @@ def run(args):
         n_layers=told["n_layers"],
         rope_scaling_factor=told["rope_scaling_factor"],
     )
-    tokens, odd = reference_tokens(args, theirs, about, tokenizer, params)
-    check_memory(params, tokens.shape[1])
-    G = params["n_heads"] // params["n_kv_heads"]
+    model = weights, params
+    theirs, called = dumps.recognise(held, names, args.theirs, params)
+    tokens, odd, cut = reference_tokens(args, theirs, about, tokenizer, model)
     with torch.no_grad():
-        trace = make([], tokens, weights, params)
+        trace = plain_pass(tokens, model)
         if (name := not_finite(trace)) is not None:
             raise ValueError(
                 f"{args.weights}: {name} is not finite in the script's own pass; there is nothing to "
                 "compare with"
             )
         known = [name for name in trace if name in theirs]
-        unknown = [name for name in names.values() if name not in trace and name != "tokens"]
-        if unknown:
-            raise ValueError(f"{args.map}: the script traces no tensor called {unknown[0]}")
         if not known:
             raise ValueError(
-                f"{args.theirs}: no tensor has a name that the script traces (such as {list(trace)[2]}); it "
+                f"{args.theirs}: no tensor has a name that the script traces (such as {list(trace)[1]}); it "
                 f"holds {', '.join(printable(x, 60) for x in list(theirs)[:4]) or 'nothing'}; "
                 "--map FILE.json gives names"
             )
-        check_theirs(args.theirs, theirs, known)
-        tolerances = tolerances_of(args, theirs, trace, about, tokens, weights, params)
-        differences = compare(theirs, trace, tolerances, G)
-        steps = diagnose(theirs, tokens, weights, params, tolerances)
-    report(args, theirs, differences, tolerances, steps, odd, params)
-    return 1 if steps or odd else 0
-
-
-def tolerances_of(args, theirs, trace, about, tokens, weights, params):
-    """How far may a right port be? In 16 bits, three times as far as the script itself in that dtype."""
-    if args.tolerance is not None:
-        return dict.fromkeys(trace, args.tolerance)
-    known = args.dtype or about.get("dtype")
-    # tok_embeddings are weights and logits are float32, whatever a port computes in
-    telling = [
-        x
-        for name, x in theirs.items()
-        if name in trace and name not in ("tok_embeddings", "logits")
-    ]
-    for dtype in (torch.bfloat16, torch.float16):
-        rounded = telling and all(torch.equal(x.to(dtype).to(x.dtype), x) for x in telling)
-        if known == str(dtype).removeprefix("torch.") or known is None and rounded:
-            noise = noise_of(dtype, trace, tokens, weights, params)
-            return {name: min(LARGEST_TOLERANCE, max(4e-3, 3 * noise[name])) for name in trace}
-    return dict.fromkeys(trace, 1e-5)
-
-
-def noise_of(dtype, trace, tokens, weights, params):
-    """The relative errors by name of the script itself in 16 bits. ValueError where these tell nothing."""
-    own = make([], tokens, {name: w.to(dtype) for name, w in weights.items()}, params)
-    kind = str(dtype).removeprefix("torch.")
-    if (name := not_finite(own)) is not None:
-        raise ValueError(
-            f"in {kind} the script's own pass overflows: {name} is not finite; compare a dump in float32 "
-            "or bfloat16"
-        )
-    noise = {name: difference(own[name][0], trace[name][0])["relative"] for name in trace}
-    worst = max(noise, key=noise.__getitem__)
-    if noise[worst] > LARGEST_TOLERANCE:
-        raise ValueError(
-            f"in {kind} the script itself is {noise[worst]:.2g} off at {worst}, which is more than the "
-            f"{LARGEST_TOLERANCE} that may be allowed; compare a dump in float32"
-        )
-    return noise
-
-
-def report(args, theirs, differences, tolerances, steps, odd, params):
-    unknown = [name for name in theirs if name not in tolerances and not name.startswith("lens.")]
+        dumps.check_numbers(args.theirs, theirs, known)
+        called = {name: called[name] for name in known}
+        theirs_known = {name: theirs[name] for name in known}
+        found, read = compared(args, theirs_known, called, about, trace, tokens, model)
+        if args.html:
+            first = found["steps"][0]["first"] if found["steps"] else None
+            found["page"] = write_html(args, found, first, read, trace, tokens, model, tokenizer)
+    found |= {
+        "tokens": odd,
+        "positions": cut or f"{tokens.shape[1]} positions are compared",
+        "called": {ours: name for ours, name in called.items() if ours != name},
+        "ignored": [name for name in theirs if name not in trace and not name.startswith("lens.")],
+    }
     if args.json:
-        print(
-            json.dumps(
-                {"tensors": differences, "tokens": odd, "steps": steps, "ignored": unknown},
-                indent=1,
-            )
-        )
-        return
-    for name, d in differences.items():
-        verdict = "ok" if d["relative"] <= tolerances[name] else "DIFFERS"
-        print(
-            f"{name:<34} {verdict:<8} relative {d['relative']:<8.1e} largest {d['absolute']:.1e} "
-            f"at {d['at']}  cosine {d['cosine']:.6f}{'  (' + d['layout'] + ')' if d['layout'] else ''}"
-        )
-    if unknown:
-        shown = ", ".join(printable(name, 60) for name in unknown[:5])
-        print(f"not compared, unknown names: {shown}{' …' * (len(unknown) > 5)}")
-    print()
-    if odd:
-        print(f"{odd[0].upper()}{odd[1:]}.")
-    of = 4 + 17 * params["n_layers"] - 1  # all but the tokens
-    worst = max(
-        (d["relative"] for n, d in differences.items() if d["relative"] <= tolerances[n]), default=0
-    )
+        print(json.dumps(found, indent=1))
+    else:
+        print("\n".join(report(found, params, args)))
+    if args.html:
+        print(f"both, side by side: {found['page']}", file=sys.stderr)
+    return 1 if found["steps"] or odd else 0
+
+
+def compared(args, theirs, called, about, trace, tokens, model):
+    """All that is found out about a dump, as a dict that --json prints."""
+    G = model[1]["n_heads"] // model[1]["n_kv_heads"]
+    read = read_layouts(theirs, trace, G, dumps.in_halves(called.values()))
+    dtype = dtype_of(args, theirs, about)
+    whole = [name for name, ways in read.items() if ways[0][1].shape == trace[name].shape]
+    tolerances, bounds = tolerances_of(args, dtype, trace, tokens, model, whole)
+    differences = compare(read, trace, tokens.shape[1])
+    ways = {name: [x for _, x in readings] for name, readings in read.items()}
+    of_steps = bounds([])
+    own_errors = all_errors([], ways, tokens, model, of_steps)
+    steps = diagnose(ways, tokens, model, bounds, own_errors)
+    hidden = []
     if not steps:
-        print(
-            f"Everything agrees to {worst:.1e}{' on these tokens' * bool(odd)}: "
-            f"{len(differences)} of {of} tensors."
+        hidden, steps = below_rounding(ways, tokens, model, of_steps)
+    differing = [name for name, d in differences.items() if d["relative"] > tolerances[name]]
+    if differing and not steps:
+        steps = [{"first": differing[0], "mistakes": [], "until": differing[0], "adds up": True}]
+    for step in steps:
+        plain = step["first"].removesuffix("_rotated")
+        if plain != step["first"] and plain in ways and not step["mistakes"]:
+            exact = 1e-4 if dtype == torch.float32 else 0.02
+            pair = ways[plain][0], ways[step["first"]][0]
+            step["measured"] = angles.what_turns(*pair, model[1], exact)
+    for name, d in differences.items():
+        d["step"] = own_errors[name]
+        wrong = d["step"] > of_steps[name]
+        d["verdict"] = "DIFFERS" if wrong else "follows" if name in differing else "ok"
+    kind = str(dtype).removeprefix("torch.")
+    read = {name: xs[0] for name, xs in ways.items()}
+    return {"tensors": differences, "steps": steps, "hidden": hidden, "dtype": kind}, read
+
+
+def write_html(args, found, first, read, trace, tokens, model, tokenizer):
+    """Writes the viewer's page with both traces; returns its address, at the first tensor that differs."""
+    weights, params = model
+    sides = {Path(args.theirs).stem: {"tokens": tokens}, "the script": {"tokens": tokens} | trace}
+    for name, x in read.items():
+        y = trace[name] if x.shape == trace[name].shape else trace[name][:, -1:]
+        sides[Path(args.theirs).stem][name] = aligned(x, y)[0].to(x.dtype)
+    traces, left_out = [], []
+    for side, tensors in sides.items():
+        outs = [f"layers.{i}.out" for i in range(params["n_layers"])]
+        if all(name in tensors for name in outs):
+            lens = [inside.logit_lens(tensors[name].float(), weights, params) for name in outs]
+            for name, of_layers in zip(inside.LENS, zip(*lens)):
+                tensors[name] = torch.stack(of_layers)
+        shown = [x.flatten() for name, x in tensors.items() if name in ("tokens", "lens.ids")]
+        about = {"params": json.dumps(params), "prompt": args.prompt or ""}
+        about["dtype"] = found["dtype"] if tensors is not sides["the script"] else "float32"
+        about["texts"] = json.dumps(
+            {
+                n: vocabulary.piece(tokenizer, n).decode("utf-8", "backslashreplace")
+                for n in torch.cat(shown).unique().tolist()
+            }
         )
-        if max(tolerances.values()) > 1e-3 and not args.tolerance:
-            print(
-                "In 16 bits small mistakes do not show (norm_eps, RoPE scaling of a short prompt):\n"
-                "to be sure, compare a dump in float32, of some hundred tokens."
-            )
-        return
-    order = list(differences)
-    for n, step in enumerate(steps):
-        first, d = step["first"], differences[step["first"]]
-        before = order[: order.index(first)]
-        if n == 0:
-            if before:
-                agreed = max(differences[name]["relative"] for name in before)
-                print(f"Everything agrees to {agreed:.1e} up to {before[-1]};")
-            print(f"{first} is the first that differs (relative error {d['relative']:.2g}).")
-        else:
-            print(f"With that made here too, {first} is the next that differs.")
-        if not step["mistakes"]:
-            print("No mistake that is known here gives these tensors.")
-            exact = before and max(differences[name]["relative"] for name in before) < 1e-6
-            if d["relative"] < 0.03 and tolerances[first] < 1e-3 and not args.dtype and not exact:
-                print(
-                    "If the port computes in 16 bits, this may be rounding: --dtype bfloat16 allows for it."
-                )
-        for name in step["mistakes"]:
-            reach = (
-                f"made here, all agrees up to {step['until']}"
-                if step["until"]
-                else "made here, all agrees to the end"
-            )
-            reach = "two mistakes, of which this is one" if step["until"] == "together" else reach
-            print(f"  It looks like this: {name} ({reach}).")
-            print(f"  Mend: {MISTAKES[name][1].format(**params)}.")
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "trace.safetensors"
+            inside.save_tensors(file, tensors, about)
+            content, without = view.trace_for_page(file, view.MOST // 2)
+        traces.append((side, content))
+        left_out += [part for part in without if part not in left_out]
+    target = view.write_page(args.html, view.with_traces(traces))
+    if left_out:
+        print(f"{printable(args.html)}: without {', '.join(left_out)}", file=sys.stderr)
+    place = f"#tensor={first}" if first else ""
+    at = found["tensors"][first]["place"] if first else {}
+    for key, letters in (("head", "HK"), ("token", "T")):
+        place += "".join(f"&{key}={at[letter]}" for letter in letters if letter in at)
+    return target.as_uri() + place
+
+
+# ------------------------------------------------------------------------------------ the report
+
+
+def report(found, params, args):
+    """The lines to print: the verdict in two lines, what it is made of, the table."""
+    differences, steps = found["tensors"], found["steps"]
+    lines = []
+    if found["tokens"]:
+        lines.append(f"{found['tokens'][0].upper()}{found['tokens'][1:]}.")
+    lines += verdict(found, params)
+    details = []
+    for step in steps:
+        details += explained(step, found, params, args)
+    if not steps and found["hidden"]:
+        details.append("This dump cannot show:")
+        details += [f"  {mistake}" for mistake in found["hidden"]]
+        wanted = "in float32, " if found["dtype"] != "float32" else ""
+        details.append(f"A dump {wanted}of all tensors and some hundred tokens shows more.")
+    if details:
+        lines += ["", *details]
+    lines += ["", *table(differences, steps, args.all), ""]
+    lines += footnotes(found)
+    return lines
+
+
+def number(x):
+    return f"{x:.4g}"
+
+
+def name_for(name, found):
+    """A tensor's name, and what the dump calls it."""
+    theirs = found["called"].get(name)
+    return f"{name} ({printable(theirs, 60)})" if theirs else name
+
+
+def verdict(found, params):
+    """Two lines: does it agree, and if not where does it differ first, and what does that look like?"""
+    differences, steps = found["tensors"], found["steps"]
+    of = 3 + 17 * params["n_layers"]  # all but the tokens
+    agreeing = [d["relative"] for d in differences.values() if d["verdict"] == "ok"]
+    if not steps:
+        words = " on these tokens" if found["tokens"] else ""
+        lines = [
+            f"Everything agrees to {max(agreeing):.1e}{words}: {len(differences)} of {of} tensors, "
+            f"{found['dtype']}; {found['positions']}."
+        ]
+        if found["hidden"]:
+            count = len(found["hidden"])
+            return [
+                *lines,
+                f"But {count} of the {len(MISTAKES)} known mistakes would not show in it.",
+            ]
+        return [
+            *lines,
+            f"Each of the {len(MISTAKES)} known mistakes that this model allows would show.",
+        ]
+    first = steps[0]["first"]
+    d = differences[first]
+    if steps[0].get("below"):
+        line = f"Everything agrees to {max(agreeing):.1e}, and yet it is not only rounding."
+    else:
+        line = (
+            f"{name_for(first, found)} is the first that differs: {number(d['theirs'])}, not "
+            f"{number(d['ours'])}, at {in_words(d['place'])}."
+        )
+    mistakes = [" or ".join(step["mistakes"]) for step in steps if step["mistakes"]]
+    unknown = not steps[0]["mistakes"]
+    if steps[0].get("adds up"):
+        second = "Each step is right by itself: small errors add up, more than rounding should."
+    elif unknown:
+        second = "No mistake that is known here gives these tensors."
+        if mistakes:
+            second += f" After it: {'; and '.join(mistakes)}."
+    else:
+        second = f"It looks like this: {'; and '.join(mistakes)}."
+    return [line, second]
+
+
+def explained(step, found, params, args):
+    """The lines on one step: the tensor, the mistakes that give it, and how to mend them."""
+    d = found["tensors"][step["first"]]
+    lines = [f"{name_for(step['first'], found)}: relative error {d['relative']:.2g}"]
+    if step["first"] != found["steps"][0]["first"]:
+        lines[0] += f", {d['step']:.2g} of its own"
+    if step.get("untried"):
+        lines.append(
+            f"  {step['untried']:,} pairs of mistakes were not tried, for that takes long: a dump of more "
+            "tensors needs fewer"
+        )
+    if step.get("measured"):
+        lines.append(f"  Measured from your tensors: {step['measured']}.")
+    small = d["relative"] < 0.03 and found["dtype"] == "float32" and not args.dtype
+    before = [it["step"] for it in found["tensors"].values() if it["verdict"] == "ok"]
+    if not step["mistakes"] and small and not (before and max(before) < 1e-6):
+        lines.append(
+            "  If the port computes in 16 bits, this may be rounding: --dtype bfloat16 allows for it."
+        )
+    for name in step["mistakes"]:
+        reach = "made here, all agrees to the end"
+        if step.get("below"):
+            reach = "too small for a single number to show it, but all are off in its direction"
+        elif step["until"] == "together":
+            reach = "two mistakes, of which this is one"
+        elif step["until"]:
+            reach = f"made here, all agrees up to {step['until']}"
+        lines.append(f"  It looks like this: {name} ({reach}).")
+        lines.append(f"  Mend: {MISTAKES[name][1].format(**params)}.")
+    return lines
+
+
+def table(differences, steps, every):
+    """A row for each tensor; layers without a step's first tensor in one row each, unless every is wanted."""
+    firsts = [step["first"] for step in steps]
+    rows = []
+    layers = {}
+    for name, d in differences.items():
+        layer = re.match(r"layers\.\d+", name)
+        if layer:
+            layers.setdefault(layer[0], []).append(name)
+        if every or not layer or any(first.startswith(f"{layer[0]}.") for first in firsts):
+            place = " ".join(f"{letter} {n}" for letter, n in d["place"].items())
+            numbers = (number(d["theirs"]), number(d["ours"]))
+            rows.append((name, d["verdict"], f"{d['relative']:.1e}", place, *numbers))
+        elif name == layers[layer[0]][0]:
+            rows.append((layer[0], "", "", "", "", ""))
+    for n, row in enumerate(rows):
+        if row[0] in layers:
+            held = layers[row[0]]
+            kinds = {differences[name]["verdict"] for name in held}
+            worst = max(held, key=lambda name: differences[name]["relative"])
+            kind = next(kind for kind in ("DIFFERS", "follows", "ok") if kind in kinds)
+            count = "1 tensor" if len(held) == 1 else f"{len(held)} tensors"
+            words = f"{count}, the worst is {worst.removeprefix(row[0] + '.')}"
+            rows[n] = (row[0], kind, f"{differences[worst]['relative']:.1e}", words, "", "")
+    head = ("tensor", "", "error", "largest at", "theirs", "here")
+    widths = [
+        max(len(row[n]) for row in [head, *rows] if n < 3 or row[4]) for n in range(len(head))
+    ]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+        for row in [head, *rows]
+    ]
+
+
+def footnotes(found):
+    """Lines below the table: what its words mean, layouts, names, what was left out."""
+    lines = []
+    verdicts = {d["verdict"] for d in found["tensors"].values()}
+    if "follows" in verdicts:
+        lines.append(
+            "follows: wrong because of what came before, right if made from the dump's own tensors"
+        )
+    layouts = {}
+    for name, d in found["tensors"].items():
+        if d["layout"]:
+            layouts.setdefault(d["layout"], set()).add(re.sub(r"^layers\.\d+\.", "", name))
+    for words, names in layouts.items():
+        lines.append(f"read as {words}: {', '.join(sorted(names))}")
+    if "positions 0 to" in found["positions"]:
+        lines.append(found["positions"])
+    if found["ignored"]:
+        shown = ", ".join(printable(name, 60) for name in found["ignored"][:5])
+        more = " …" if len(found["ignored"]) > 5 else ""
+        lines.append(f"not compared, unknown names: {shown}{more}")
+    return lines
 
 
 def main(argv=None):
     parser = flags_of(description=__doc__)
     add = parser.add_argument
-    add("theirs", metavar="THEIRS.safetensors")
+    add("theirs", metavar="THEIRS", help=f"their dump: {dumps.KINDS}")
     add(
         "--weights",
         default=str(ROOT / "weights" / "tiny"),
@@ -946,9 +1004,14 @@ def main(argv=None):
     add(
         "--prompt",
         metavar="TEXT",
-        help="the prompt, if the file does not hold its token ids as tokens",
+        help="the prompt, if the file does not hold its token ids as tokens or input_ids",
     )
-    add("--map", metavar="NAMES.json", help="an object from their names to the script's")
+    add(
+        "--map",
+        metavar="NAMES.json",
+        help='an object from their names to the script\'s, {} for the layer: {"h.{}.mlp": '
+        '"layers.{}.feed_forward.out"}',
+    )
     add(
         "--tolerance",
         metavar="X",
@@ -959,6 +1022,12 @@ def main(argv=None):
         "--dtype",
         choices=DTYPES,
         help="what they computed in (default: seen)",
+    )
+    add("--all", action="store_true", help="a row for each tensor, also of layers that agree")
+    add(
+        "--html",
+        metavar="FILE",
+        help="write a page that shows both, side by side, to open in a browser",
     )
     add("--json", action="store_true", help="print everything as JSON")
 

@@ -1,0 +1,96 @@
+// What is shown of the chosen tensor: one picture, and below it every panel that has something to say.
+
+import {attentionPicture} from "./attention.js";
+import {$, element, readout, say} from "./dom.js";
+import {lensPicture} from "./lens.js";
+import {logitsPicture} from "./logits.js";
+import {LENS, dimsOf, inLayer, isPaired, layerOf, matricesOf, matrixName} from "./model.js";
+import {ropePicture} from "./rope.js";
+import {choose, chooseLayer, current, infoOf, isDifference, isHere, layers, now, watchChoice} from "./state.js";
+import {matrixPicture, tokensPicture} from "./tensor.js";
+import {unitsPicture} from "./units.js";
+
+// The first that fits is drawn: {fits(view), async draw(view)}. A view: name, info, shape, layout (of
+// matricesOf), picture (the element to fill), still() (false once something else has been chosen).
+const PICTURES = [
+  lensPicture,
+  tokensPicture,
+  ropePicture,
+  unitsPicture,
+  logitsPicture,
+  attentionPicture,
+  matrixPicture,
+];
+// All that fit are drawn, each into an element of its own: {title, fits(view), async draw(view, element)}.
+const PANELS = [
+];
+
+function viewOf(still) {
+  const info = now.name === LENS ? null : infoOf(now.name), shape = info?.shape ?? [];
+  return {name: now.name, info, shape, layout: matricesOf(now.name, shape), picture: $("picture"), still};
+}
+
+function stepper(what, value, n, change) {
+  const button = (text, by) => element("button", {
+    ariaLabel: `${by > 0 ? "next" : "previous"} ${what}`, disabled: n < 2,
+    onclick: () => change((value + by + n) % n)}, text);
+  return element("span", {}, button("‹", -1), ` ${what} ${value} of ${n} `, button("›", 1));
+}
+
+function headStepper({name, shape, layout: {n, heads}}) {
+  const what = n === heads ? "head" : heads > 1 ? `${matrixName(name, shape, now.head)},` : "row";
+  return stepper(what, now.head, n, head => choose({head}));
+}
+
+function controls(view) {
+  const {name, info, shape, layout} = view, parts = [element("h2", {}, name)];
+  if (info) parts.push(element("span", {}, `${dimsOf(name)}   ${shape.join(" × ")}   ${info.dtype}`));
+  if (inLayer(name)) parts.push(stepper("layer", layerOf(name), layers(), chooseLayer));
+  if (layout.n > 1) parts.push(headStepper(view));
+  if (isPaired(name, shape)) {
+    const pairs = shape.at(-1) / 2;
+    now.pair = Math.min(now.pair, pairs - 1);
+    parts.push(stepper("pair", now.pair, pairs, pair => choose({pair})));
+  }
+  $("controls").replaceChildren(...parts);
+}
+
+function missing({name, info}) {  // why there is no picture; "": there is one
+  if (name === LENS) return "";
+  if (!info.count) return "It is empty.";
+  if (isHere(name)) return "";
+  return isDifference() ? "There is no difference to show: one has no such tensor, or one of another shape."
+    : `${current().name} has no such tensor.`;
+}
+
+async function drawPanels(view) {
+  $("panels").replaceChildren();
+  for (const panel of PANELS) {
+    if (!panel.fits(view)) continue;
+    const place = element("div", {}, element("h3", {}, panel.title)), inside = element("div");
+    place.append(inside);
+    await panel.draw(view, inside);
+    if (!view.still()) return;
+    $("panels").append(place);
+  }
+}
+
+async function draw(change, still) {
+  const view = viewOf(still);
+  readout("");
+  if (!("head" in change || "pair" in change)) $("thumbs").replaceChildren();
+  controls(view);
+  $("panels").replaceChildren();
+  const why = missing(view);
+  if (why) return view.picture.replaceChildren(why);
+  await PICTURES.find(picture => picture.fits(view)).draw(view);
+  if (still()) await drawPanels(view);
+}
+
+export function followInPanels() {
+  watchChoice(async (change, still) => {
+    $("picture").ariaBusy = true;
+    try { await draw(change, still); } catch (problem) { if (still()) say(problem); }
+    if (still()) $("picture").ariaBusy = false;
+  });
+}

@@ -1,0 +1,137 @@
+// What pictures are made of: canvases, heat maps, bars, thumbnails.
+
+import {colour, rgb} from "./colors.js";
+import {$, css, cut, element, readout} from "./dom.js";
+
+export function canvasOf(width, height) {  // and its pen, in pixels of the page
+  const scale = devicePixelRatio || 1;
+  const canvas = element("canvas", {width: width * scale, height: height * scale});
+  Object.assign(canvas.style, {width: `${width}px`, height: `${height}px`});
+  const pen = canvas.getContext("2d");
+  pen.scale(scale, scale);
+  pen.font = "11px ui-monospace, monospace";
+  pen.textBaseline = "middle";
+  return [canvas, pen];
+}
+
+export function pointAt(canvas, tell) {  // tell(x, y), in the canvas's own pixels, wherever one points
+  const told = event => {
+    const box = canvas.getBoundingClientRect(), zoom = parseFloat(canvas.style.width) / box.width;
+    tell((event.clientX - box.left) * zoom, (event.clientY - box.top) * zoom);
+  };
+  canvas.addEventListener("pointermove", told);
+  canvas.addEventListener("pointerdown", told);
+}
+
+// More rows or columns than pixels: of each group the number farthest from zero stands for all.
+export function binned(data, rows, cols, mostRows, mostCols) {
+  const r = Math.ceil(rows / mostRows), c = Math.ceil(cols / mostCols);
+  const R = Math.ceil(rows / r), C = Math.ceil(cols / c), none = 2 ** 32 - 1;
+  const pick = new Uint32Array(R * C).fill(none);
+  const size = x => Number.isNaN(x) ? Infinity : x === -Infinity ? -1 : Math.abs(x);
+  for (let i = 0; i < rows; i++) for (let j = 0; j < cols; j++) {
+    const at = i * cols + j, bin = (i / r | 0) * C + (j / c | 0);
+    if (pick[bin] === none || size(data[at]) > size(data[pick[bin]])) pick[bin] = at;
+  }
+  return {R, C, pick};
+}
+
+export function image(data, {R, C, pick}, range) {  // a pixel a number
+  const canvas = element("canvas", {width: C, height: R}), pen = canvas.getContext("2d");
+  const pixels = pen.createImageData(C, R);
+  pick.forEach((at, i) => pixels.data.set([...colour(data[at], range), 255], 4 * i));
+  pen.putImageData(pixels, 0, 0);
+  return canvas;
+}
+
+export function small(data, rows, cols, range, width, height = width) {  // a thumbnail of a matrix
+  const bins = binned(data, rows, cols, 96, 96), [canvas, pen] = canvasOf(width, height);
+  pen.imageSmoothingEnabled = false;
+  pen.drawImage(image(data, bins, range), 0, 0, width, height);
+  return canvas;
+}
+
+function heatLayout(rows, cols, {square, rowName, colName}, bin) {
+  const width = Math.max(240, $("picture").clientWidth - 4), left = rowName ? 96 : 8;
+  const most = square ? Math.min(width - left, innerHeight - 420) : width - left;
+  const names = colName && cols * 12 <= most, top = names ? 84 : 18;
+  const room = Math.max(300, innerHeight - 340 - top);  // so that the heads below stay in sight
+  const bins = bin(700, Math.floor(width - left));
+  const across = (width - left) / bins.C, down = room / bins.R;
+  const cellX = square ? Math.min(30, across, down) : Math.min(60, across);
+  const cellY = square ? cellX : Math.max(1, Math.min(22, down));
+  const wide = cellX * bins.C, high = cellY * bins.R;
+  return {bins, left, top, names, cellX, cellY, wide, high, eachX: wide / cols, eachY: high / rows};
+}
+
+function rowNames(pen, rows, rowName, {left, top, eachY}) {
+  pen.textAlign = "right";
+  const every = Math.max(1, Math.ceil(12 / eachY));
+  for (let i = 0; i < rows; i += every) pen.fillText(cut(rowName(i)), left - 5, top + (i + .5) * eachY);
+  pen.textAlign = "left";
+}
+function colNames(pen, cols, colName, {left, top, names, eachX, wide}) {
+  if (!names) {
+    pen.fillText("0", left, 8);
+    pen.textAlign = "right";
+    pen.fillText(`${cols - 1}`, left + wide, 8);
+    return;
+  }
+  for (let j = 0; j < cols; j++) {
+    pen.save();
+    pen.translate(left + (j + .5) * eachX, top - 5);
+    pen.rotate(-Math.PI / 2);
+    pen.fillText(cut(colName(j), 12), 0, 0);
+    pen.restore();
+  }
+}
+
+// A heat map of rows × cols numbers. words(row, col, x) says what a cell is; mark: the row that is chosen.
+export function heat(data, rows, cols, {range, words, mark, ...how}) {
+  const layout = heatLayout(rows, cols, how, (...most) => binned(data, rows, cols, ...most));
+  const {bins, left, top, cellX, cellY, wide, high, eachY} = layout;
+  const [canvas, pen] = canvasOf(Math.ceil(left + wide), Math.ceil(top + high) + 2);
+  pen.imageSmoothingEnabled = false;
+  pen.drawImage(image(data, bins, range), left, top, wide, high);
+  pen.strokeStyle = css("--line");
+  pen.strokeRect(left - .5, top - .5, wide + 1, high + 1);
+  pen.fillStyle = css("--faint");
+  if (how.rowName) rowNames(pen, rows, how.rowName, layout);
+  colNames(pen, cols, how.colName, layout);
+  if (mark >= 0 && mark < rows) {
+    pen.strokeStyle = css("--mark");
+    pen.strokeRect(left - 1, top + mark * eachY - .5, wide + 2, Math.max(2, eachY) + 1);
+  }
+  pointAt(canvas, (x, y) => {
+    const i = Math.floor((y - top) / cellY), j = Math.floor((x - left) / cellX);
+    if (i < 0 || j < 0 || i >= bins.R || j >= bins.C) return;
+    const at = bins.pick[i * bins.C + j];
+    readout(words(Math.floor(at / cols), at % cols, data[at]));
+  });
+  return canvas;
+}
+
+export function bars(rows) {  // a table of [name, size, text]
+  const most = Math.max(...rows.map(([, size]) => Math.abs(size)), 1e-30), table = element("table");
+  for (const [name, size, text] of rows) {
+    const bar = element("div");
+    Object.assign(bar.style, {width: `${Math.abs(size) / most * 180}px`, height: "11px",
+      background: rgb(size < 0 ? -1 : 1, {signed: true, most: 1})});
+    const cells = [name, text, bar].map(what => element("td", {}, what));
+    table.append(element("tr", {}, ...cells));
+  }
+  return element("div", {className: "wide"}, table);
+}
+
+// n small pictures to choose from, one after the other: draw(i) gives a canvas, pick(i) chooses.
+export async function thumbnails({n, chosen, label, draw, pick, still}) {
+  $("thumbs").replaceChildren();
+  for (let i = 0; i < n && i < 256; i++) {
+    const canvas = await draw(i);
+    if (!still()) return;
+    const button = element("button", {ariaLabel: label(i), title: label(i)}, canvas, `${i}`);
+    button.setAttribute("aria-pressed", i === chosen);
+    button.onclick = () => pick(i);
+    $("thumbs").append(button);
+  }
+}

@@ -1,0 +1,99 @@
+// Queries and keys before and after RoPE: each pair of dims is a point that turns with its position.
+
+import {dark} from "./colors.js";
+import {$, css, cut, element, readout, show} from "./dom.js";
+import {isPaired, matrixName} from "./model.js";
+import {canvasOf, pointAt, thumbnails} from "./picture.js";
+import {choose, infoOf, isHere, now, tokenName, values} from "./state.js";
+
+const MOST_NAMED = 24, THUMB = 58;
+const angle = ([x, y]) => Math.atan2(y, x);
+const pointOf = (data, cols, pair, i) => [data[i * cols + 2 * pair], data[i * cols + 2 * pair + 1]];
+const tone = (i, rows) =>
+  `hsl(${230 - 230 * i / Math.max(1, rows - 1)} 75% ${dark.matches ? 65 : 42}%)`;
+
+function farthest(points) {
+  const sizes = points.flat().map(point => Math.hypot(...point)).filter(Number.isFinite);
+  return sizes.reduce((a, b) => Math.max(a, b), 1e-30);
+}
+
+function axes(pen, side) {
+  const middle = side / 2;
+  pen.strokeStyle = css("--line");
+  pen.strokeRect(.5, .5, side - 1, side - 1);
+  pen.beginPath();
+  pen.moveTo(0, middle);
+  pen.lineTo(side, middle);
+  pen.moveTo(middle, 0);
+  pen.lineTo(middle, side);
+  pen.stroke();
+}
+function arc(pen, middle, radius, from, to) {  // the way a point turned
+  pen.globalAlpha = .35;
+  pen.beginPath();
+  pen.arc(middle, middle, radius, -from, -to, true);
+  pen.stroke();
+  pen.globalAlpha = 1;
+}
+function dot(pen, [x, y], size, filled) {
+  pen.beginPath();
+  pen.arc(x, y, size, 0, 7);
+  filled ? pen.fill() : pen.stroke();
+}
+
+// One pair of dims. before, after: the numbers before and after RoPE, either may be null.
+function circle({before, after, rows, cols, pair, side, large}) {
+  const [canvas, pen] = canvasOf(side, side), middle = side / 2;
+  const reach = middle - (large ? 42 : 4);
+  const both = Array.from({length: rows}, (_, i) =>
+    [before, after].map(data => data && pointOf(data, cols, pair, i)));
+  const most = farthest(both.map(points => points.filter(Boolean)));
+  const on = ([x, y]) => [middle + x / most * reach, middle - y / most * reach];
+  axes(pen, side);
+  const ends = [];
+  both.forEach(([from, to], i) => {
+    pen.strokeStyle = pen.fillStyle = tone(i, rows);
+    if (large && from && to) arc(pen, middle, Math.hypot(...to) / most * reach, angle(from), angle(to));
+    if (from && (large || !to)) dot(pen, on(from), large ? 4.5 : 1.7, false);
+    if (to) dot(pen, on(to), large ? 4.5 : 1.7, true);
+    for (const point of [from, to]) if (point) ends.push({i, end: on(point)});
+    if (!large || rows > MOST_NAMED) return;
+    const [x, y] = on(to ?? from);
+    pen.fillStyle = css("--faint");
+    pen.fillText(cut(tokenName(i), 10), x + 7, y - 7);
+  });
+  if (large) pointAt(canvas, (x, y) => {
+    const far = ({end}) => Math.hypot(end[0] - x, end[1] - y);
+    const {i} = ends.reduce((a, b) => far(b) < far(a) ? b : a);
+    readout(wordsOf(i, ...both[i]));
+  });
+  return canvas;
+}
+
+function wordsOf(i, from, to) {
+  const text = point => `(${point.map(show).join(", ")})`;
+  const words = `${tokenName(i)} at ${i}: ${text(from ?? to)}`;
+  if (!from || !to) return words;
+  const turned = (angle(to) - angle(from) + 4 * Math.PI) % (2 * Math.PI) * 180 / Math.PI;
+  return `${words} turned by ${turned.toFixed(1)}° to ${text(to)}`;
+}
+
+export const ropePicture = {
+  fits: ({name, shape}) => isPaired(name, shape),
+  async draw({name, shape, layout, picture, still}) {
+    const {rows, cols, size} = layout, count = cols / 2;
+    now.pair = Math.min(now.pair, count - 1);
+    const plain = name.replace("_rotated", "");
+    const [before, after] = await Promise.all([plain, `${plain}_rotated`].map(key =>
+      isHere(key) && `${infoOf(key).shape}` === `${shape}` ? values(key, now.head * size, size) : null));
+    if (!still()) return;
+    const draw = (pair, side, large) => circle({before, after, rows, cols, pair, side, large});
+    const side = Math.max(240, Math.min(460, picture.clientWidth - 4, innerHeight - 330));
+    picture.replaceChildren(draw(now.pair, side, true), element("div", {className: "legend"},
+      `pair ${now.pair}: dims ${2 * now.pair} and ${2 * now.pair + 1} of ${matrixName(name, shape, now.head)}. `
+      + (before && after ? "Rings before RoPE, dots after, the arc is the turn. " : "")
+      + "First tokens blue, last ones red."));
+    await thumbnails({n: count, chosen: now.pair, still, label: pair => `pair ${pair}`,
+      draw: async pair => draw(pair, THUMB, false), pick: pair => choose({pair})});
+  },
+};

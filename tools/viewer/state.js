@@ -1,0 +1,78 @@
+// What is opened and chosen. Whatever changes goes through choose(), which tells those who watch.
+
+import {read} from "./safetensors.js";
+import {LENS, dimsOf, layerCount, layerOf, matricesOf, partOf} from "./model.js";
+
+export const now = {
+  traces: [],  // one, or two that are compared
+  origin: "file",  // or "page": it came inside this page; or "example": the one that always does
+  names: [],  // of all tensors, in the order of the pass
+  name: "",  // of the chosen tensor
+  head: 0,  // of its matrices the chosen one: head, and row of the batch before it
+  wanted: 0,  // the head last chosen, also where a tensor has fewer
+  pair: 0,  // of the dims of q and k
+  token: 0,  // position in the prompt
+  row: 0,  // of the batch
+  side: 0,  // trace 0, 1, or 2: their difference
+};
+export const SIDES = ["a", "b", "difference"];
+
+export const isDifference = () => now.side === 2;
+export const current = () => now.traces[now.side] ?? now.traces[0];
+export const tokenIds = () => current().rows[now.row] ?? current().rows[0];
+export const inBoth = name => now.traces.every(trace => trace.tensors.has(name));
+export const infoOf = name => current().tensors.get(name)
+  ?? now.traces.find(trace => trace.tensors.has(name))?.tensors.get(name);
+export function sameShape(name) {
+  const shapes = now.traces.map(trace => `${trace.tensors.get(name)?.shape}`);
+  return inBoth(name) && shapes.every(shape => shape === shapes[0]);
+}
+export const isHere = name => isDifference() ? sameShape(name) : current().tensors.has(name);
+export const layers = () => layerCount(now.names);
+
+// Numbers of the side that is looked at, or the difference of the two.
+export async function values(name, first, count) {
+  if (!isDifference()) return read(current(), name, first, count);
+  const [a, b] = await Promise.all(now.traces.map(trace => read(trace, name, first, count)));
+  return a.map((x, i) => x === b[i] ? 0 : x - b[i]);
+}
+
+export const textOf = id => [current(), ...now.traces].map(trace => trace.texts[id])
+  .find(text => text !== undefined);
+export const quoted = id => textOf(id) === undefined ? `#${id}`
+  : JSON.stringify(textOf(id)).replaceAll("\\\\", "\\");
+export function tokenName(position) {
+  const ids = tokenIds();
+  return position in ids ? quoted(ids[position]) : `${position}`;
+}
+
+const watchers = [];
+export const watchChoice = watcher => watchers.push(watcher);
+
+// change: some of now's keys. Those who watch get (change, still, how): still() is false as soon as
+// something else has been chosen, so that what is on its way for this choice can be thrown away.
+let turn = 0;
+export function choose(change, how = {}) {
+  const mine = ++turn;
+  Object.assign(now, change);
+  if ("head" in change) now.wanted = now.head;
+  settle();
+  return Promise.all(watchers.map(watcher => watcher(change, () => mine === turn, how)));
+}
+
+function settle() {  // what is chosen must be there
+  const info = now.name === LENS ? null : infoOf(now.name);
+  if (info) {
+    const {n, heads} = matricesOf(now.name, info.shape);
+    now.head = Math.min(now.wanted, n - 1);
+    if (dimsOf(now.name)) now.row = Math.floor(now.head / heads);
+  }
+  now.row = Math.min(now.row, current().rows.length - 1);
+  now.token = Math.max(0, Math.min(now.token, tokenIds().length - 1));
+}
+
+export function chooseLayer(layer) {  // the same part there, or the first that there is
+  const there = now.names.filter(name => layerOf(name) === layer);
+  const name = there.find(other => partOf(other) === partOf(now.name)) ?? there[0];
+  if (name) choose({name});
+}
