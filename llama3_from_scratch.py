@@ -11,9 +11,7 @@ text. Read it top to bottom; the heart is `forward`. What you read is what runs 
     python llama3_from_scratch.py "Once upon a time"             a story, and every tensor's shape
     python llama3_from_scratch.py --chat "What do llamas eat?"   a question
     python llama3_from_scratch.py "Hello" --weights ~/Llama3.2-1B             real weights
-    python llama3_from_scratch.py "Hello" --weights ~/Llama3.2-1B --compile   faster, once compiled
-    python llama3_from_scratch.py "Hello" --break-at "layers.0.*.scores"      stop in the debugger
-    python llama3_from_scratch.py "Hello" --save-trace t.safetensors          every tensor, kept
+    python llama3_from_scratch.py "Hello" --view                              look at every tensor
     torchrun --nproc-per-node 8 llama3_from_scratch.py "Hello" --weights ~/Llama3.1-70B    on 8 GPUs
 
 Dimension key, for every docstring; --show checks the letters against the tensors of a pass:
@@ -34,6 +32,7 @@ import re
 import signal
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -123,9 +122,10 @@ def weight_shapes(params: Params) -> dict[str, tuple[int, ...]]:
 
 
 def open_pth(path: Path) -> Weights:
-    """The tensors of a .pth file by name. They stay on disk, mapped, until they are read."""
+    """The tensors of a .pth file by name. They stay on disk, mapped, unless they are compressed."""
     try:
-        shard = torch.load(path, mmap=True, weights_only=True, map_location="cpu")
+        packed = any(record.compress_type for record in zipfile.ZipFile(path).infolist())
+        shard = torch.load(path, mmap=not packed, weights_only=True, map_location="cpu")
     except Exception as problem:  # torch raises a dozen kinds for a file that is no checkpoint
         said = str(problem).partition(". ")[0]
         raise ValueError(f"{path}: not a PyTorch checkpoint, or cut short ({said})") from None

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 from pathlib import Path
 
 import blobfile
@@ -305,6 +306,17 @@ def test_the_script_copied_out_alone_still_reads_metas_layout(checkpoint, tmp_pa
     assert "Meta layout, 2 shards, RoPE scaling 5\n" in run.stderr
     assert "and the same in the other 2 layers" in run.stderr
     assert "layers.0.attention.scores        B H T S  torch.bfloat16  1 8 3 3\n" in run.stderr
+    said = run.stdout
+    for shard in folder.glob("*.pth"):  # zipped once more, and compressed
+        records = zipfile.ZipFile(shard)
+        with zipfile.ZipFile(tmp_path / "again", "w", zipfile.ZIP_DEFLATED) as archive:
+            for record in records.infolist():
+                archive.writestr(record.filename, records.read(record))
+        shutil.move(tmp_path / "again", shard)
+    run = subprocess.run(
+        command, cwd=tmp_path / "alone", capture_output=True, text=True, env={"PATH": ""}
+    )
+    assert run.stdout == said, run.stderr
     (folder / "consolidated.00.pth").unlink()
     run = subprocess.run(
         command, cwd=tmp_path / "alone", capture_output=True, text=True, env={"PATH": ""}
