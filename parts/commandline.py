@@ -53,16 +53,23 @@ RANGES = {  # of flags: least and greatest value
     "rope_scaling_factor": (1, 1000),
 }
 
+MORE_EXAMPLES = """\
+    python llama3_from_scratch.py "Hello" --weights ~/Llama3.2-1B --compile   faster, once compiled
+    python llama3_from_scratch.py "Hello" --break-at "layers.0.*.scores"   stop in the debugger
+    python llama3_from_scratch.py "Hello" --save-trace t.safetensors   every tensor, kept
+    python llama3_from_scratch.py --prompts FILE   many at once, one a line"""
+
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The flags. ValueError, in one line, for one that is wrong or that this machine cannot do."""
     about = llama.__doc__ or ""  # python -OO leaves it out
     _, _, examples = about.partition("\n\n    python")
+    examples = f"    python{examples.partition(chr(10) * 2)[0]}\n{MORE_EXAMPLES}"
     examples = re.sub(r"(?m)(?<=\S) {3,}(?=\S)", "\n" + " " * 8, examples)  # for 80 columns
     parser = flags_of(
         prog="llama3_from_scratch.py",
         description=about.partition("\n")[0],
-        epilog=f"examples:\n    python{examples.partition(chr(10) * 2)[0]}" if examples else None,
+        epilog=f"examples:\n{examples}" if about else None,
     )
     add = parser.add_argument
     add(

@@ -15,7 +15,7 @@ from typing import Any
 
 import filelock
 
-from parts import printable
+from parts import printable, reason
 from parts.programs import NO_ROOM
 
 UNFINISHED: set[Path] = set()  # what a process that ends at once (os._exit) has to take along
@@ -32,7 +32,7 @@ def local_path(given: str | Path) -> Path:
                 f"{given}: is a bucket meant? It has two slashes, as in gs://…"
             ) from None
     except OSError as problem:  # a loop of links, a name that is too long, a folder that is none
-        raise ValueError(f"{given}: {problem.strerror}") from None
+        raise ValueError(f"{given}: {reason(problem)}") from None
     except (RuntimeError, ValueError) as problem:  # ~nobody, a NUL
         raise ValueError(f"{given}: not a path ({problem})") from None
     return path
@@ -64,7 +64,7 @@ def read_input(given: str | Path) -> bytes:
     """All bytes of a file, or of a pipe such as a shell's <(…); ValueError for a device or a folder."""
     path = local_path(given)
     if not path.exists():
-        raise ValueError(f"{given}: no such file")
+        raise ValueError(f"{given}: no such file or folder")
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode) or stat.S_ISCHR(mode) or stat.S_ISBLK(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a device"
@@ -72,7 +72,7 @@ def read_input(given: str | Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as problem:
-        raise ValueError(f"{given}: cannot be read ({problem.strerror})") from None
+        raise ValueError(f"{given}: cannot be read ({reason(problem)})") from None
 
 
 def check_target(target: Path) -> None:

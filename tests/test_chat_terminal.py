@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, relative_error
 
 import llama3_from_scratch as llama
-from parts import commandline, conversation
+from parts import commandline, conversation, eager
 
 pexpect = pytest.importorskip("pexpect")
 pyte = pytest.importorskip("pyte")
@@ -72,20 +72,20 @@ def test_a_conversation_on_the_screen(tmp_path):
     terminal = Screen("--chat", "--system", "Be brief.", cwd=tmp_path)
     opening = terminal.until(r"^>\Z")
     assert "/help" in opening and "Ctrl-D ends" in opening
-    first = terminal.says("My name is Ada.\r", "tok/s")
+    first = terminal.says("My name is Ada.\r", "peak memory")
     lines = first.splitlines()
     assert lines[0] == "My name is Ada." and "Ada" in lines[1]  # no ids, no shapes, no "next:"
     assert lines[2].startswith("prefill ") and len(lines) <= 5  # one line, which may be cut in two
     assert not re.search(r"next:|prompt of|B T D|<\|", first)
-    assert "Ada" in terminal.says("What is my name?\x04", "tok/s")  # Ctrl-D ends the line
+    assert "Ada" in terminal.says("What is my name?\x04", "peak memory")  # Ctrl-D ends the line
 
     # several lines: by a backslash, and pasted; the line before, changed; a letter taken out
-    continued = terminal.says("What do\\\rllamas eat?\r", "tok/s").splitlines()
+    continued = terminal.says("What do\\\rllamas eat?\r", "peak memory").splitlines()
     assert continued[:2] == ["What do\\", "| llamas eat?"]
-    pasted = terminal.says("\x1b[200~Hé 🦙\rwho are you?\x1b[201~\r", "tok/s").splitlines()
+    pasted = terminal.says("\x1b[200~Hé 🦙\rwho are you?\x1b[201~\r", "peak memory").splitlines()
     assert pasted[0].startswith("Hé 🦙") and pasted[1] == "who are you?"
-    assert "What is 3 plus 4?" in terminal.says("What is 3 plus 9?\x1b[D\x7f4\r", "tok/s")
-    assert "What is 3 plus 45?" in terminal.says("\x1b[A\x1b[D5\r", "tok/s")
+    assert "What is 3 plus 4?" in terminal.says("What is 3 plus 9?\x1b[D\x7f4\r", "peak memory")
+    assert "What is 3 plus 45?" in terminal.says("\x1b[A\x1b[D5\r", "peak memory")
 
     # commands
     shown = terminal.says("/help\r")
@@ -94,7 +94,7 @@ def test_a_conversation_on_the_screen(tmp_path):
     assert "/system first" in terminal.says("/sys\tfirst\r", "anew").splitlines()[0]
     assert "told first: first" in terminal.says("/system\r", "told")
     assert "nothing has been said" in terminal.says("/save my talk.json\r", "error")
-    terminal.says("What do llamas eat?\r", "tok/s")
+    terminal.says("What do llamas eat?\r", "peak memory")
     assert "[my talk.json: 3 messages]" in terminal.says("/save my talk.json\r", "messages")
     messages = json.loads(kept.read_text())["messages"]
     assert [message["role"] for message in messages] == ["system", "user", "assistant"]
@@ -106,7 +106,9 @@ def test_a_conversation_on_the_screen(tmp_path):
     terminal.program.send("\r")
     assert "nothing was written" in terminal.until(r"written\]\n>\Z") and other.read_text() == "{}"
     assert ".md or .json" in terminal.says("/save talk.txt\r", "error")
-    assert "/nothing" in terminal.says(" /nothing\r", "tok/s")  # with a space it is for the model
+    assert "/nothing" in terminal.says(
+        " /nothing\r", "peak memory"
+    )  # with a space it is for the model
     assert "anew" in terminal.says("/reset\r", "anew")
 
     # what is no text; Ctrl-C at the prompt, once and then twice
@@ -151,7 +153,7 @@ def test_told_to_end_at_the_prompt():
 
 def talk(script, monkeypatch, typed, at_step=(), at_prefill=(), **flags):
     """A conversation with Ctrl-C in these steps and prefills (counted): the result, and (ids, new, cache)."""
-    turns, answer, step, prefill = [], commandline.answer, commandline.one_token_step, llama.prefill
+    turns, answer, step, prefill = [], commandline.answer, eager.one_token_step, llama.prefill
     count = {"step": 0, "prefill": 0}
 
     def counted(kind, at, work):
@@ -170,7 +172,7 @@ def talk(script, monkeypatch, typed, at_step=(), at_prefill=(), **flags):
         return new
 
     with monkeypatch.context() as patch:
-        patch.setattr(commandline, "one_token_step", counted("step", at_step, step))
+        patch.setattr(eager, "one_token_step", counted("step", at_step, step))
         patch.setattr(llama, "prefill", counted("prefill", at_prefill, prefill))
         patch.setattr(commandline, "answer", watched)
         given = ("--chat", "--dtype", "float32", "--max-new-tokens", 30)
@@ -224,7 +226,7 @@ def test_show_in_a_conversation_is_asked_for(script):
     shown = script(*flags, "--show", "first", input=typed, terminal=True).stderr
     assert "next:" not in plain and shown.count("next:") == shown.count("prompt of") == 2
     alone = script(*flags, "What do llamas eat?", "--no-stats").stderr
-    assert "next:" not in alone and "tok/s" not in alone
+    assert "next:" not in alone and "peak memory" not in alone
 
 
 @pytest.mark.parametrize(

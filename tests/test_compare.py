@@ -303,24 +303,25 @@ def test_a_trace_of_the_script_agrees_with_itself(script, tmp_path, capsys):
     assert "Everything agrees to " in capsys.readouterr().out
 
 
-def test_the_recipe_for_transformers_in_docs(tmp_path, monkeypatch, capsys):
+def test_the_recipes_for_transformers_in_docs(tmp_path, monkeypatch, capsys):
     from references import hugging_face_model
 
-    readme = (ROOT / "docs/check_a_port.md").read_text()
-    recipe = next(part for part in readme.split("```python\n") if "AutoModelForCausalLM" in part)
+    page = (ROOT / "docs/check_a_port.md").read_text()
+    recipes = [part for part in page.split("```python\n") if "AutoModelForCausalLM" in part]
     folder = random_checkpoint(tmp_path / "model", SIZES, dtype=torch.float32)
     weights, params, tokenizer = llama.load_model(folder)
     hugging_face_model(weights, params).save_pretrained(tmp_path / "Llama-3.2-1B-hf")
     monkeypatch.chdir(tmp_path)
     begin = str(llama.special(tokenizer, "begin_of_text"))
-    exec(
-        recipe.partition("```")[0].replace(
-            "128000, 12805, 5304, 264, 892", f"{begin}, 1, 20, 64, 89"
-        ),
-        {},
-    )
-    code, found = ask(capsys, folder, tmp_path / "theirs.safetensors")
-    assert code == 0 and len(found["tensors"]) == 1 + 3 * 10 + 2, found
+    L = params["n_layers"]
+    for recipe, file, least in (
+        (recipes[0], "theirs.pt", 2 * L),  # streams and attentions
+        (recipes[1], "theirs.safetensors", 9 * L),
+    ):
+        code = recipe.partition("```")[0]
+        exec(code.replace("128000, 12805, 5304, 264, 892", f"{begin}, 1, 20, 64, 89"), {})
+        code, found = ask(capsys, folder, tmp_path / file)
+        assert code == 0 and len(found["tensors"]) >= least, found
 
 
 def test_the_recipe_for_metas_reference_in_docs(tmp_path, capsys):

@@ -163,7 +163,8 @@ def test_every_chunk_is_stopped_in_and_the_shapes_say_of_which(script, monkeypat
         )
         for which, T, S in (("0 to 19", 20, 20), ("20 to 39", 20, 40), ("40 to 41", 2, 42))
     ]
-    assert "read in chunks; these are the shapes of the last, tokens 40 to 41\nlayers.0.a" in shown
+    said = "read in chunks; these are the shapes of the last, tokens 40 to 41\nB 1 batch"
+    assert said in shown and shown.index(said) < shown.index("layers.0.attention.q ")
     assert shown.count("layers.0.attention.q ") == 1
     short = script("Once", *flags).stderr
     assert "chunks" not in short and short.count("stopped at") == 1
