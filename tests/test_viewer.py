@@ -708,7 +708,7 @@ def take_pictures(trace):
         look(page, trace)
         page.click("#all")
         for name, file in (("layers.3.attention.probs", "attention"), ("logit lens", "lens")):
-            choose(page, name)
+            page.click(f"#map [data-tensor='{name}']")
             for _ in range(5 if file == "attention" else 0):  # the head of the README's example
                 page.keyboard.press("ArrowRight")
             page.wait_for_timeout(1500)

@@ -11,7 +11,7 @@ from test_viewer import VIEWER, browser, chosen, pytestmark  # noqa: F401
 EXAMPLE = ROOT / "tools/viewer/tiny.safetensors"
 NODES = "all => Object.fromEntries(all.map(node => [node.dataset.tensor, node.innerText]))"
 OPERATORS = (
-    "look up, norm, × wq, × wk, × wv, rotate, q · k / √E + mask, soft- max, × v, "
+    "look up, norm, × wq per head, × wk per head, × wv per head, rotate, q · k / √E + mask, soft- max, × v, "
     "heads side by side × wo, +, silu(× w1), × w3, ·, × w2, × output"
 ).split(", ")
 PAINTED = """() => [...document.querySelectorAll('#map [data-tensor]')].every(node =>
@@ -82,7 +82,7 @@ def test_the_example_with_all_that_happens(open_page):
     assert "feed_forward.out" in found["layers.2.feed_forward.out"]
     assert "layers.2.out" in found["layers.2.out"]
     sizes = page.eval_on_selector_all("#map .sizes > span", "all => all.map(x => x.innerText)")
-    assert {"D 256 model dim", "K 2 k/v heads", "F 704 feed-forward", "L 4 layers"} <= set(sizes)
+    assert {"D 256 model dim", "K 2 k/v heads", "F 704 units", "L 4 layers"} <= set(sizes)
     said = page.eval_on_selector_all("#map .op", "all => all.map(x => x.innerText)")
     assert set(OPERATORS) <= {text.replace("\n", " ") for text in said}
     shades = page.eval_on_selector_all(
@@ -235,6 +235,25 @@ def test_small_pictures_read_little_of_a_large_trace(open_page, tmp_path):
     assert whole > 80e6 and page.evaluate("window.reads") < 0.3 * whole
 
 
+def test_the_map_shows_where_two_traces_differ(open_page, tmp_path):
+    held = load_file(EXAMPLE)
+    save_file(held, tmp_path / "a.safetensors", {"dtype": "float16"})
+    changed = {x: held[x] * 1.2 for x in ("layers.3.attention.v", "layers.3.attention.heads")}
+    save_file(held | changed, tmp_path / "b.safetensors", {"dtype": "float16"})
+    page = open_page()
+    page.set_input_files("#file", [tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
+    page.wait_for_selector("#first:has-text('First that differs: layers.3.attention.v')")
+    page.click("#first button")
+    page.wait_for_function("() => document.querySelectorAll('#map .differs').length === 2")
+    found = page.eval_on_selector_all("#map .differs", "all => all.map(x => x.dataset.tensor)")
+    assert set(found) == changed.keys()
+    page.select_option("#side", "2")
+    page.wait_for_selector("#picture[aria-busy=false]")
+    page.wait_for_function(PAINTED.replace("#map [data-tensor]", "#map .node.way"))
+    assert colours(page, "layers.3.attention.v") > 8  # the difference itself
+    assert colours(page, "layers.3.attention_norm") < 5  # there is none
+
+
 def test_the_list_is_behind_a_button(open_page):
     page = open_page()
     assert page.is_hidden("#names") and page.get_attribute("#all", "aria-expanded") == "false"
@@ -283,6 +302,7 @@ CONTRAST = """() => {
 
 def test_contrast_in_both_themes_also_when_they_change(open_page):
     page = open_page(color_scheme="light")
+    page.click("#all")
     for scheme in ("light", "dark", "light"):
         page.emulate_media(color_scheme=scheme)
         page.wait_for_timeout(300)  # it is drawn anew a moment later

@@ -193,6 +193,8 @@ async function tokensGlimpse(layer, wide, high) {  // the prompt's tokens, and b
     if (position === now.token) one.className = "at";
     line.append(one);
   }
+  if (from > 0) line.prepend("…");
+  if (to < ids.length) line.append("…");
   return line;
 }
 

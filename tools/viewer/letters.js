@@ -5,8 +5,8 @@ import {LETTERS, dimsOf, sizesOf} from "./model.js";
 
 const PARAMS = {D: "dim", L: "n_layers", H: "n_heads", K: "n_kv_heads", E: "head_dim", F: "ffn_dim", V: "vocab_size"};
 export const SHORT = {
-  B: "batch", T: "tokens", S: "positions", D: "model dim", H: "query heads", K: "k/v heads", G: "a group", E: "head dim",
-  F: "feed-forward", V: "vocabulary", L: "layers",
+  B: "batch", T: "tokens", S: "positions", D: "model dim", H: "heads", K: "k/v heads", G: "a group", E: "head dim",
+  F: "units", V: "vocabulary", L: "layers",
 };
 
 // The sizes that a trace's tensors have, and beside them what its params tell of those that it lacks.

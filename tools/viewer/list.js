@@ -2,6 +2,7 @@
 
 import {differs, errorText, tellFirst} from "./compare.js";
 import {$, element, say, show} from "./dom.js";
+import {markDifferent} from "./map.js";
 import {LENS, dimsOf, layerOf, partOf} from "./model.js";
 import {choose, infoOf, isDifference, now, watchChoice} from "./state.js";
 import {statistics} from "./statistics.js";
@@ -53,6 +54,7 @@ const rowOf = name => [...$("list").querySelectorAll("[data-tensor]")]
 
 function tell(name) {
   tellFirst(stats);
+  if (differs(stats.get(name))) markDifferent(name);
   const line = rowOf(name)?.querySelector("small"), found = stats.get(name);
   if (!line || !found) return;
   line.replaceChildren();

@@ -15,6 +15,7 @@ const NOTES = [  // what the two blocks of a layer are for
 let layer = 0;  // the one that is unrolled
 let drawn = "";  // what the drawing is of
 let seen = new Set();  // nodes in sight: only these are painted
+const different = new Set();  // tensors in which two traces differ, as far as that is known
 let watcher = null, turn = 0;
 const room = () => [$("map").clientWidth, $("map").clientHeight];
 const wanted = () => JSON.stringify([current().name, now.side, layer, room()]);
@@ -36,7 +37,7 @@ function nodeOf(name, {x, y, w, h, part}, sizes) {
     : dimsWithSizes(name, infoOf(name)?.shape, sizes);
   const label = labelOf(name), dims = dimsElement(pairs), inner = w - 8;
   const title = `${name}  ${dimsText(pairs)}${here ? "" : "  (not in this trace)"}`;
-  const node = element("button", {className: "node", title, ariaLabel: title, disabled: !here, onclick: () => choose({name})},
+  const node = element("button", {className: different.has(name) ? "node differs" : "node", title, ariaLabel: title, disabled: !here, onclick: () => choose({name})},
     element("span", {className: "label"}, label), element("span", {className: "glimpse"}), dims);
   if (here) node.dataset.tensor = name; else node.dataset.missing = name;
   node.querySelector(".label").style.fontSize = `${fitted(label, "system-ui", 11.5, inner)}px`;
@@ -171,7 +172,14 @@ function draw() {
 
 export function buildMap() {
   drawn = "";
+  different.clear();
   forget();
+}
+
+export function markDifferent(name) {
+  different.add(name);
+  for (const node of $("map").querySelectorAll("[data-tensor]"))
+    node.classList.toggle("differs", different.has(node.dataset.tensor));
 }
 
 // Small pictures of the nodes in sight, one after the other, once the large one is there.

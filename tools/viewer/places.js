@@ -25,9 +25,9 @@ const STRIP = 1;  // the layers stand above this row
 export const OPERATORS = {
   tok_embeddings: ["look up", "of each token id its row of tok_embeddings.weight"],
   attention_norm: ["norm", "each token's row divided by its root mean square, times a weight"],
-  "attention.q": ["× wq", "one matrix a head: what does each token ask?"],
-  "attention.k": ["× wk", "one matrix a key/value head: what does each token offer?"],
-  "attention.v": ["× wv", "one matrix a key/value head: what does each token give?"],
+  "attention.q": ["× wq per head", "one matrix a head: what does each token ask?"],
+  "attention.k": ["× wk per head", "one matrix a key/value head: what does each token offer?"],
+  "attention.v": ["× wv per head", "one matrix a key/value head: what does each token give?"],
   "attention.q_rotated": ["rotate", "RoPE: pairs of dims are turned by the position"],
   "attention.k_rotated": ["rotate", "RoPE: pairs of dims are turned by the position"],
   "attention.scores": ["q · k / √E + mask", "how well each key answers each query; later tokens are masked"],
