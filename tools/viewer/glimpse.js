@@ -74,11 +74,13 @@ export function cellsOf(n, groups, square, wide, high) {
   if (square) {
     const sideFor = c => Math.min(wide / c, high / Math.ceil(n / c)), each = n / groups;
     const best = all => all.reduce((a, b) => sideFor(b) > sideFor(a) + .01 ? b : a);
-    const any = Array.from({length: n}, (_, i) => i + 1), even = best(any.filter(c => c % each === 0 || each % c === 0));
+    const any = Array.from({length: n}, (_, i) => i + 1);
+    const even = best(any.filter(c => c % each === 0 || each % c === 0));  // so that a group stands together
     const columns = sideFor(even) > .8 * sideFor(best(any)) ? even : best(any);
     const step = sideFor(columns), gap = step > 9 ? 2 : 1, left = (wide - columns * step + gap) / 2;
+    const top = Math.max(0, (high - Math.ceil(n / columns) * step) / 2);
     return Array.from({length: n}, (_, i) =>
-      [left + i % columns * step, Math.floor(i / columns) * step, step - gap, step - gap]);
+      [left + i % columns * step, top + Math.floor(i / columns) * step, step - gap, step - gap]);
   }
   const each = Math.ceil(n / groups), lines = Math.ceil(groups / 16), columns = Math.ceil(groups / lines);
   const across = wide / columns, down = high / lines, gap = across > 12 ? 4 : across > 5 ? 2 : 1;
@@ -98,7 +100,8 @@ function lights(rows, token) {
 function cell(pen, [x, y, w, h], {data, rows, cols}, range, light, paper) {
   const dots = devicePixelRatio || 1;
   pen.imageSmoothingEnabled = false;
-  pen.drawImage(image(data, binned(data, rows, cols, Math.max(1, h * dots), Math.max(1, w * dots)), range), x, y, w, h);
+  const bins = binned(data, rows, cols, Math.max(1, h * dots), Math.max(1, w * dots));
+  pen.drawImage(image(data, bins, range), x, y, w, h);
   pen.fillStyle = paper;
   for (let row = 0; row < rows; row++) {
     const shade = 1 - light(row);
@@ -111,7 +114,8 @@ function cell(pen, [x, y, w, h], {data, rows, cols}, range, light, paper) {
 
 function markRow(pen, [x, y, w, h], row, rows) {  // by a tick at either side
   if (!(row >= 0 && row < rows) || w < 14) return;
-  const middle = y + (row + .5) * h / rows, high = Math.max(2, h / rows), top = Math.min(y + h - high, middle - high / 2);
+  const middle = y + (row + .5) * h / rows, high = Math.max(2, h / rows);
+  const top = Math.min(y + h - high, middle - high / 2);
   pen.fillStyle = css("--mark");
   pen.fillRect(x - 1, top, 2.5, high);
   pen.fillRect(x + w - 1.5, top, 2.5, high);
@@ -125,7 +129,8 @@ export async function readsOf(layer) {
     const {shape} = infoOf(name), {rows, cols, size} = matricesOf(name, shape), {each, first} = headsOf(name, shape);
     const at = now.token - Math.max(0, tokenIds().length - rows);
     if (at < 0 || at >= rows) return null;
-    return Promise.all(Array.from({length: each}, (_, head) => values(name, (first + head) * size + at * cols, cols)));
+    return Promise.all(Array.from({length: each}, (_, head) =>
+      values(name, (first + head) * size + at * cols, cols)));
   });
 }
 
@@ -182,7 +187,8 @@ function roomFor(word, n, letters) {  // which positions, around the chosen one,
   return [from, to];
 }
 
-async function tokensGlimpse(layer, wide, high) {  // the prompt's tokens, and by bars which of them the chosen one reads
+// The prompt's tokens, and by bars which of them the chosen one reads.
+async function tokensGlimpse(layer, wide, high) {
   const ids = tokenIds(), reads = await readsOf(layer), weights = reads && attendedBy(reads);
   const word = position => cut((textOf(ids[position]) ?? `#${ids[position]}`).trim() || "␣", 16);
   const [from, to] = roomFor(word, ids.length, Math.floor(high / 17) * Math.floor(wide / 6.4 - 3));

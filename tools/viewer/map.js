@@ -37,9 +37,11 @@ function nodeOf(name, {x, y, w, h, part}, sizes) {
     : dimsWithSizes(name, infoOf(name)?.shape, sizes);
   const label = labelOf(name), dims = dimsElement(pairs), inner = w - 8;
   const title = `${name}  ${dimsText(pairs)}${here ? "" : "  (not in this trace)"}`;
-  const node = element("button", {className: different.has(name) ? "node differs" : "node", title, ariaLabel: title, disabled: !here, onclick: () => choose({name})},
+  const node = element("button", {className: "node", title, ariaLabel: title, disabled: !here,
+    onclick: () => choose({name})},
     element("span", {className: "label"}, label), element("span", {className: "glimpse"}), dims);
-  if (here) node.dataset.tensor = name; else node.dataset.missing = name;
+  node.dataset[here ? "tensor" : "missing"] = name;
+  node.classList.toggle("differs", different.has(name));
   node.querySelector(".label").style.fontSize = `${fitted(label, "system-ui", 11.5, inner)}px`;
   dims.style.fontSize = `${fitted(dims.textContent.trim(), "ui-monospace, monospace", 10.5, inner)}px`;
   if (part === "attention.q" && sizes.G > 1)
@@ -56,7 +58,8 @@ function stripOf(many, {left, stripTop}) {
   const strip = element("div", {className: "strip", role: "group", ariaLabel: "layers"});
   for (let i = 0; i < many; i++) {
     const there = now.names.some(name => layerOf(name) === i);
-    const button = element("button", {onclick: () => chooseLayer(i), ariaLabel: `layer ${i}`, disabled: !there}, `${i}`);
+    const button = element("button",
+      {onclick: () => chooseLayer(i), ariaLabel: `layer ${i}`, disabled: !there}, `${i}`);
     button.setAttribute("aria-pressed", i === layer);
     strip.append(button);
   }
@@ -103,13 +106,13 @@ function edgesOf(lines, {blocks}) {
   return svg;
 }
 
-function operatorsOf(lines, {boxes, blocks}) {
+function operatorsOf(lines, {boxes, blocks, tight}) {
   const made = [];
   for (const [name, {part}] of boxes) {
     const line = lines.findLast(({to, at}) => to === name && at);
     if (!line || !OPERATORS[part]) continue;
     const [text, title] = OPERATORS[part], of = lines.filter(({to, at}) => to === name && at);
-    const operator = element("span", {className: text.length === 1 ? "op sign" : "op", title});
+    const operator = element("span", {className: text.length === 1 ? "op sign" : tight ? "op tight" : "op", title});
     for (const piece of text.split(/(√E)/)) operator.append(...piece === "√E" ? ["√", letterOf("E")] : [piece]);
     const [x, y] = of.at(-1).at;
     operator.dataset.to = name;
@@ -172,6 +175,7 @@ function draw() {
 
 export function buildMap() {
   drawn = "";
+  layer = Infinity;  // the last one, until one is chosen
   different.clear();
   forget();
 }
@@ -223,7 +227,8 @@ function mark(change) {
     path.classList.toggle("lit", [from, to].includes(now.name));
     path.classList.toggle("way", way.has(to));
   }
-  for (const operator of $("map").querySelectorAll(".op")) operator.classList.toggle("way", way.has(operator.dataset.to));
+  for (const operator of $("map").querySelectorAll(".op"))
+    operator.classList.toggle("way", way.has(operator.dataset.to));
 }
 
 function intoSight(node) {  // moves the map alone, not the page

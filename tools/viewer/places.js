@@ -23,7 +23,7 @@ const STRIP = 1;  // the layers stand above this row
 
 // What happens on the way to a tensor, as it is written at the map's lines, and in words.
 export const OPERATORS = {
-  tok_embeddings: ["look up", "of each token id its row of tok_embeddings.weight"],
+  tok_embeddings: ["look\nup", "of each token id its row of tok_embeddings.weight"],
   attention_norm: ["norm", "each token's row divided by its root mean square, times a weight"],
   "attention.q": ["× wq per head", "one matrix a head: what does each token ask?"],
   "attention.k": ["× wk per head", "one matrix a key/value head: what does each token offer?"],
@@ -57,7 +57,7 @@ function rowsOf(high, fixed, thumbs, tight) {  // top and height of each row, so
 
 // A layout for a room so wide and so high: boxes by tensor, the two blocks, the strip's top, all in pixels.
 export function layoutOf(layer, wide, high, stripHigh) {
-  const tight = wide < 420, trunk = Math.round(wide * (tight ? .215 : .185)), lane = tight ? 30 : 42;
+  const tight = wide < 420, trunk = Math.round(wide * (tight ? .21 : .185)), lane = tight ? 36 : 42;
   const left = PAD + trunk + lane, gutter = tight ? 6 : 11, third = (wide - PAD - left + gutter) / 3;
   const {gap, heights} = rowsOf(high, stripHigh + 8, THUMB, tight);
   const tops = [];
@@ -76,9 +76,10 @@ export function layoutOf(layer, wide, high, stripHigh) {
   for (const [part, at] of Object.entries(END)) place(part, part, at);
   const block = (from, to) => ({x: left - 7, w: wide - PAD - left + 12, y: tops[from] - gap / 2 + 1,
     h: tops[to] + heights[to] - tops[from] + gap - 2});
-  return {boxes, gap, left, high: y - gap + 6, axis: PAD + trunk / 2, joint: tops[STRIP] - gap / 2, stripTop: tops[STRIP] - stripHigh - gap / 2 - 3,
-          blocks: [block(1, 5), block(6, 8)], notes: [1, 6].map(row =>
-            ({x: left + third, y: tops[row], w: wide - PAD - left - third, h: heights[row]}))};
+  const note = row => ({x: left + third, y: tops[row], w: wide - PAD - left - third, h: heights[row]});
+  return {boxes, gap, left, tight, high: y - gap + 6, axis: PAD + trunk / 2, joint: tops[STRIP] - gap / 2,
+          stripTop: tops[STRIP] - stripHigh - gap / 2 - 3,
+          blocks: [block(1, 5), block(6, 8)], notes: [note(1), note(6)]};
 }
 
 const middle = ({x, w}) => x + w / 2, centre = ({y, h}) => y + h / 2;
@@ -103,7 +104,7 @@ export function lineOf(from, to, {axis, gap, left, joint}) {
   if (from.trunk) {  // out of the stream into a block
     const y = centre(to);
     return {stream, path: `M${axis} ${start} V${y - BEND} q0 ${BEND} ${BEND} ${BEND} H${to.x} ${HEADS.right}`,
-            at: [(axis + left) / 2 + 12, y]};
+            at: [left - (left - axis) * .38, y]};
   }
   if (to.row - from.row > 1) {  // straight down at the right, past what stands between
     const x = from.x + from.w - 9;
