@@ -6,7 +6,7 @@ import {$, say} from "./dom.js";
 import {offerHint} from "./hint.js";
 import {buildList} from "./list.js";
 import {buildMap} from "./map.js";
-import {LENS, inOrder, isLens} from "./model.js";
+import {LENS, inOrder, isLens, partOf} from "./model.js";
 import {openTrace} from "./safetensors.js";
 import {choose, now} from "./state.js";
 
@@ -31,11 +31,16 @@ function leftOut() {
   $("left_out").textContent = words.join(" ");
 }
 
+function firstLook() {  // who attends to whom in the last layer, if it is there
+  const worth = now.names.findLast(name => partOf(name) === "attention.probs");
+  return worth ?? [LENS, "logits"].find(name => now.names.includes(name)) ?? now.names[0];
+}
+
 function show(traces, origin) {
   say(null);
   Object.assign(now, {traces, origin, names: namesOf(traces), side: 0, row: 0});
   now.token = Math.max(0, traces[0].rows[0].length - 1);
-  if (!now.names.includes(now.name)) now.name = now.names[0];
+  if (!now.names.includes(now.name)) now.name = firstLook();
   $("files").textContent = traces.map(filesText).join("  against  ");
   document.querySelector("main").hidden = false;
   leftOut();

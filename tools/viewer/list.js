@@ -2,6 +2,7 @@
 
 import {differs, errorText, tellFirst} from "./compare.js";
 import {$, element, say, show} from "./dom.js";
+import {markDifferent} from "./map.js";
 import {LENS, dimsOf, layerOf, partOf} from "./model.js";
 import {choose, infoOf, isDifference, now, watchChoice} from "./state.js";
 import {statistics} from "./statistics.js";
@@ -25,11 +26,35 @@ async function countWaiting() {
   counting = false;
 }
 
+// The list stands behind a button; it opens by itself where two traces are compared.
+const KEY = "llama3-viewer-list";
+function remembered() {
+  try { return localStorage.getItem(KEY) === "open"; } catch { return false; }  // it may be forbidden
+}
+export function openList(open = $("names").hidden) {
+  $("names").hidden = !open;
+  $("all").setAttribute("aria-expanded", open);
+  document.querySelector("main").classList.toggle("listed", open);
+  if (open) rowOf(now.name)?.scrollIntoView({block: "nearest"});
+}
+export function findInList() {
+  openList(true);
+  $("find").focus();
+  $("find").select();
+}
+function filter() {
+  const wanted = $("find").value.trim().toLowerCase();
+  for (const row of $("list").querySelectorAll("[data-tensor]"))
+    row.hidden = !row.dataset.tensor.toLowerCase().includes(wanted);
+  for (const title of $("list").querySelectorAll("h3")) title.hidden = wanted !== "";
+}
+
 const rowOf = name => [...$("list").querySelectorAll("[data-tensor]")]
   .find(row => row.dataset.tensor === name);
 
 function tell(name) {
   tellFirst(stats);
+  if (differs(stats.get(name))) markDifferent(name);
   const line = rowOf(name)?.querySelector("small"), found = stats.get(name);
   if (!line || !found) return;
   line.replaceChildren();
@@ -76,10 +101,18 @@ export function buildList() {
     for (const name of now.names) if (name !== LENS) waiting.add(name);
   }
   $("list").replaceChildren(...rows);
+  openList(remembered() || now.traces.length > 1 || !now.names.some(name => dimsOf(name)));
+  filter();
   countWaiting();
 }
 
 export function followInList() {
+  $("find").oninput = filter;
+  $("all").onclick = () => {
+    openList();
+    try { localStorage.setItem(KEY, $("names").hidden ? "closed" : "open"); } catch { /* then it is closed again */ }
+    choose({}, {keep: true});  // drawn for the room there is now
+  };
   watchChoice(change => {
     for (const row of $("list").querySelectorAll("[data-tensor]")) {
       const chosen = row.dataset.tensor === now.name;

@@ -3,8 +3,9 @@
 import {attentionPicture} from "./attention.js";
 import {$, element, readout, say} from "./dom.js";
 import {lensPicture} from "./lens.js";
+import {dimsElement, dimsWithSizes} from "./letters.js";
 import {logitsPicture} from "./logits.js";
-import {LENS, dimsOf, inLayer, isPaired, layerOf, matricesOf, matrixName} from "./model.js";
+import {LENS, inLayer, isPaired, layerOf, matricesOf, matrixName} from "./model.js";
 import {ropePicture} from "./rope.js";
 import {choose, chooseLayer, current, infoOf, isDifference, isHere, layers, now, watchChoice} from "./state.js";
 import {matrixPicture, tokensPicture} from "./tensor.js";
@@ -44,7 +45,7 @@ function headStepper({name, shape, layout: {n, heads}}) {
 
 function controls(view) {
   const {name, info, shape, layout} = view, parts = [element("h2", {}, name)];
-  if (info) parts.push(element("span", {}, `${dimsOf(name)}   ${shape.join(" × ")}   ${info.dtype}`));
+  if (info) parts.push(element("span", {}, dimsElement(dimsWithSizes(name, shape, {})), `  ${info.dtype}`));
   if (inLayer(name)) parts.push(stepper("layer", layerOf(name), layers(), chooseLayer));
   if (layout.n > 1) parts.push(headStepper(view));
   if (isPaired(name, shape)) {

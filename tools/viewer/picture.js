@@ -55,10 +55,11 @@ function heatLayout(rows, cols, {square, rowName, colName}, bin) {
   const width = Math.max(240, $("picture").clientWidth - 4), left = rowName ? 96 : 8;
   const most = square ? Math.min(width - left, innerHeight - 420) : width - left;
   const names = colName && cols * 12 <= most, top = names ? 84 : 18;
-  const room = Math.max(300, innerHeight - 340 - top);  // so that the heads below stay in sight
+  const above = Math.min($("picture").offsetTop, innerHeight / 2) + 160;
+  const room = Math.max(240, innerHeight - above - top);  // so that the heads below stay in sight
   const bins = bin(700, Math.floor(width - left));
   const across = (width - left) / bins.C, down = room / bins.R;
-  const cellX = square ? Math.min(30, across, down) : Math.min(60, across);
+  const cellX = square ? Math.min(44, across, down) : Math.min(60, across);
   const cellY = square ? cellX : Math.max(1, Math.min(22, down));
   const wide = cellX * bins.C, high = cellY * bins.R;
   return {bins, left, top, names, cellX, cellY, wide, high, eachX: wide / cols, eachY: high / rows};
