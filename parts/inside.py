@@ -182,9 +182,26 @@ def logit_lens(
     return torch.stack(ids), torch.stack(probs)
 
 
+def head_rows(trace: dict[str, Tensor], weights: llama.Weights) -> dict[str, Tensor]:
+    """Which rows of the head gave the likeliest tokens their logits? Ids (N), and the rows of these (N D)."""
+    ids = trace["lens.ids"][-1].unique()
+    head = weights["output.weight"]
+    if processes()[1] > 1:
+        from parts import parallel
+
+        ids = parallel.of_process_0(ids)
+        rows = parallel.rows_of_all(head, ids)
+    else:
+        rows = head[ids.to(head.device)]
+    return {"lens.head_ids": ids, "lens.head_rows": rows.cpu()}
+
+
 @torch.inference_mode()
 def traced(tokens: Tensor, model: llama.Model) -> dict[str, Tensor]:
-    """Every tensor of one pass over tokens (B T), by name, and the logit lens; whole, whoever computed it."""
+    """Every tensor of one pass over tokens (B T), by name, and what belongs to the logit lens.
+
+    Whole, whoever computed it.
+    """
     weights, params, _ = model
     trace: dict[str, Tensor] = {}
     probe = record(trace)
@@ -202,13 +219,14 @@ def traced(tokens: Tensor, model: llama.Model) -> dict[str, Tensor]:
         probe = parallel.gathering(probe, params)
     check_finite(llama.forward(tokens, weights, params, probe=probe), weights)
     trace["lens.ids"], trace["lens.probs"] = logit_lens(trace, weights, params)
-    return trace
+    return trace | head_rows(trace, weights)
 
 
 def save_trace(path: str, tokens: Tensor, model: llama.Model, about: dict[str, str]) -> None:
     """Writes every tensor of one pass over tokens (B T), without a cache, to a .safetensors file.
 
-    Beside them "lens.ids" and "lens.probs" (logit_lens). about: strings for the metadata; params, dtype and
+    Beside them "lens.ids" and "lens.probs" (logit_lens), and of the head the rows of the likeliest tokens,
+    "lens.head_ids" and "lens.head_rows" (head_rows). about: strings for the metadata; params, dtype and
     the texts of all tokens that tools/viewer.html names are added.
     """
     if processes()[0] > 0:  # process 0 writes
