@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from test_viewer import VIEWER, look, number
 
 import llama3_from_scratch as llama
+from parts import inside
 from tools.viewer import build, source
 
 browser, page, trace, pytestmark = (
@@ -152,11 +153,11 @@ def test_recomputed_is_stored_but_for_rounding(page, trace):
     page.goto(VIEWER)
     page.wait_for_selector("#picture[aria-busy=false]")
     held = load_file(ROOT / "tools/viewer/tiny.safetensors")
-    assert check_cells(page, held, names_of(held), made, 2) == 22
+    assert check_cells(page, held, names_of(held), made) == 11
     for dtype in ("float32", "bfloat16"):
         look(page, trace / f"{dtype}.safetensors")
         held = load_file(trace / f"{dtype}.safetensors")
-        assert check_cells(page, held, names_of(held), made, 3 if dtype == "float32" else 2)
+        assert check_cells(page, held, names_of(held), made, 2 if dtype == "float32" else 1)
 
 
 def test_weights_in_the_file_are_used(page, trace, tmp_path):
@@ -348,6 +349,35 @@ def test_two_traces_and_what_a_trace_lacks(page, trace, tmp_path):
     assert told(page)[1:] == (float(held["layers.3.attention.heads"][0, 7, 4, 2]), True)
     go(page, "norm", (0, 2))
     assert page.is_hidden("#message") and "norm_eps" in page.text_content("#panels .cell")
+
+    names = ("tokens", "layers.0.after_attention", "layers.0.ffn_norm")  # of one token
+    save_file({k: held[k][:, :1].contiguous() for k in names}, tmp_path / "few.safetensors", about)
+    look(page, tmp_path / "few.safetensors", tmp_path / "few.safetensors")
+    go(page, "layers.0.ffn_norm", (0, 2))
+    assert told(page) is None
+    assert "no other position tells what it is" in page.text_content("#panels .cell")
+
+
+def test_rows_of_a_batch(page, tmp_path):
+    model = llama.load_model(llama.TINY, dtype="float32", quiet=True)
+    tokens = torch.randint(0, 1000, (2, 5), generator=torch.Generator().manual_seed(0))
+    inside.save_trace(str(tmp_path / "two.safetensors"), tokens, model, {"prompt": ""})
+    held = load_file(tmp_path / "two.safetensors")
+    look(page, tmp_path / "two.safetensors")
+    for name, head in (("attention.scores", 6), ("attention.heads", 6), ("attention.k_rotated", 1),
+                       ("ffn_norm", None), ("feed_forward.hidden", None), ("out", None)):  # fmt: skip
+        name = f"layers.1.{name}"
+        go(page, name, (4, 3), head, more="&row=1")
+        expected = held[name][1, 4, 3] if head is None else held[name][1, head, 4, 3]
+        assert told(page)[1:] == (float(expected), True), name
+    go(page, "layers.1.attention.heads", (4, 3), 6, more="&row=1")
+    page.click("#panels .terms tr >> nth=2 >> .link >> nth=1")
+    page.wait_for_selector("#panels .cell b:text('layers.1.attention.v, head 1')")
+    said = number(page.text_content("#panels .cell p").rpartition(": ")[2])
+    assert said == pytest.approx(float(held["layers.1.attention.v"][1, 1, 2, 3]), rel=1e-6)
+    id = held["lens.head_ids"][7]
+    go(page, "logits", (4, int(id)), more="&row=1")
+    assert told(page)[1:] == (float(held["logits"][1, 4, id]), True)
 
 
 # ------------------------------------------------------------------------- the lines, and the walkthrough

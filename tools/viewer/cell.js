@@ -126,19 +126,21 @@ async function normed({name, matrix, row, col}) {
   const steps = [["x", operand(here.x, from, matrix, row + skip, col)],
     [`rms = √(Σ x² / ${cols} + ${eps})`, show(here.rms)], ["x / rms", show(here.share)]];
   const off = 4 * unit + 8 * FLOAT;
+  const words = "The stream's number, divided by the size of its token's vector (the root mean square, rms), times a "
+    + "weight that training gave this dim.";
   if (known) {
     const result = here.share * known.row[col];
-    return {words: "x / rms × weight.", steps: [...steps, [`weight, ${weight}, number ${col}`, show(known.row[col])]],
+    return {words, steps: [...steps, [`weight, ${weight}, number ${col}`, show(known.row[col])]],
       result, slack: Math.abs(result) * (off + unitOf(known.dtype))};
   }
   const every = Math.ceil(rows / MOST_OTHERS), others = [];
   for (let n = 0; n < rows; n += every) if (n !== row) others.push(at(n));
   const best = (await Promise.all(others)).filter(({share}) => Number.isFinite(share) && share !== 0)
     .reduce((a, b) => Math.abs(b.share) > Math.abs(a?.share ?? 0) ? b : a, null);
-  if (!best) return {words: "x / rms × weight.", steps, note: `The weight, ${weight}, is not in the trace, and no other `
+  if (!best) return {words, steps, note: `The weight, ${weight}, is not in the trace, and no other `
     + "position tells what it is."};
   const made = (await rowOf(name, matrix, best.n))[col], w = made / best.share, result = here.share * w;
-  return {words: "x / rms × weight.", result,
+  return {words, result,
     note: `The weight, ${weight}, is not in the trace. But it is the same at every position, so another one tells `
       + `it: at ${tokenName(best.n + skip)} the number is ${show(made)} and x / rms ${show(best.share)}.`,
     steps: [...steps, [`weight: ${show(made)} / ${show(best.share)}`, operand(w, name, matrix, best.n, col)]],
@@ -157,6 +159,11 @@ export function turnOf(pair, size, position, params) {  // the angle, in float32
   return float(position * frequency);
 }
 
+function degreesOf(angle) {
+  const degrees = angle * 180 / Math.PI, turns = Math.floor(degrees / 360);
+  return turns ? `${turns} turn${turns > 1 ? "s" : ""} and ${show(degrees - 360 * turns)}°` : `${show(degrees)}°`;
+}
+
 async function turned({name, matrix, row, col}) {
   const [from] = inputsOf(name, now.names), {params} = current(), pair = Math.floor(col / 2);
   if (!from) throw new Missing("This trace does not hold what was turned.");
@@ -171,7 +178,7 @@ async function turned({name, matrix, row, col}) {
   const angle = turnOf(pair, x.length, row, params), cos = Math.cos(angle), sin = Math.sin(angle);
   const result = second ? a * sin + b * cos : a * cos - b * sin, size = Math.abs(a) + Math.abs(b);
   return {words, result, slack: size * (unitIn(from) + (2 + 4 * angle) * FLOAT),
-    steps: [...steps, ["angle", `${show(angle)} rad, ${show(angle * 180 / Math.PI % 360)}° beyond whole turns`],
+    steps: [...steps, ["angle", `${show(angle)} rad, ${degreesOf(angle)}`],
       ["cos, sin", `${show(cos)}, ${show(sin)}`]]};
 }
 
@@ -257,7 +264,7 @@ function table(terms, total) {
   const made = element("table"), line = (...cells) => element("tr", {}, ...cells.map(cell => element("td", {}, cell)));
   for (const [label, factors, x, chosen] of kept) {
     const bar = element("div");
-    Object.assign(bar.style, {width: `${Math.abs(x) / most * 120}px`, height: "11px",
+    Object.assign(bar.style, {width: `calc(var(--bar) * ${Math.abs(x) / most})`, height: "11px",
       background: rgb(x < 0 ? -1 : 1, {signed: true, most: 1})});
     const row = line(label, factors, `= ${show(x)}`, bar);
     if (chosen) row.setAttribute("aria-selected", true);

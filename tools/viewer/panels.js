@@ -29,6 +29,8 @@ const PANELS = [
   meaningPanel,
 ];
 
+const SOON = 500;  // milliseconds, before somebody has scrolled
+
 function viewOf(still) {
   const info = now.name === LENS ? null : infoOf(now.name), shape = info?.shape ?? [];
   return {name: now.name, info, shape, layout: matricesOf(now.name, shape), picture: $("picture"), still};
@@ -80,7 +82,10 @@ async function drawPanels(view, change) {
   const focused = $("panels").contains(document.activeElement);
   $("panels").replaceChildren(...places);
   if (focused) places[0]?.firstChild.focus({preventScroll: true});  // what was clicked there is gone
-  if (now.cell && "cell" in change) places[0]?.scrollIntoView({block: "nearest"});
+  showCell(change);
+}
+function showCell(change) {
+  if (now.cell && "cell" in change) $("panels").firstChild?.scrollIntoView({block: "nearest"});
 }
 
 async function draw(change, still) {
@@ -93,8 +98,9 @@ async function draw(change, still) {
     $("panels").replaceChildren();
     return view.picture.replaceChildren(why);
   }
-  const picture = PICTURES.find(one => one.fits(view));
+  const picture = PICTURES.find(one => one.fits(view)), begun = performance.now();
   await Promise.all([picture.draw(view), drawPanels(view, change)]);  // heads' pictures may take a while
+  if (still() && performance.now() - begun < SOON) showCell(change);  // the picture may have moved it
 }
 
 export function followInPanels() {
