@@ -255,6 +255,10 @@ def test_one_hop_further(page, trace):
     page.go_back()
     page.go_back()
     page.wait_for_selector("#panels .cell b:text('layers.1.attention.scores, head 2')")
+    go(page, "layers.1.attention.probs", (5, 2), head=2)
+    shares = [float(x) for x in held["layers.1.attention.probs"][0, 2, 5, :6]]
+    rows = panel.locator(".terms tr").all_inner_texts()
+    assert [number(row.split("= ")[1]) for row in rows] == pytest.approx(shares, rel=6e-4)
     go(page, "layers.1.attention.heads", (5, 2), head=6)
     assert "Query head 6 uses key/value head 1, as heads 4 to 7 do" in page.text_content(".cell")
     page.locator("#panels .terms tr >> nth=3 >> .link >> nth=1").click()
@@ -293,10 +297,14 @@ def test_a_click_on_a_picture_chooses_a_number(page, trace):
     go(page, "layers.1.out")
     canvas = page.locator("#picture canvas")
     box = canvas.bounding_box()
+    canvas.focus()
+    page.keyboard.press("Enter")  # nothing is pointed at: the chosen token's first number
+    page.wait_for_function("() => /token=(\\d+)&cell=\\1,0$/.test(location.hash)")
+    page.wait_for_selector("#picture[aria-busy=false]")
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     canvas.focus()
     page.keyboard.press("Enter")
-    page.wait_for_selector("#panels .cell")
+    page.wait_for_function("() => !location.hash.endsWith(',0')")
     row, col = map(int, re.search(r"cell=(\d+),(\d+)", page.url).groups())
     page.click("#tokens button >> nth=3")  # the number moves to the chosen token
     page.wait_for_function("col => location.hash.endsWith(`token=3&cell=3,${col}`)", arg=col)

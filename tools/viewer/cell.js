@@ -90,11 +90,12 @@ async function probability({name, matrix, row, col}) {
   const slack = result * (off(scores[col]) + sumOf(powers.map((x, n) => x * off(scores[n]))) / sum + 4 * FLOAT);
   const seen = powers.map((x, n) => n).filter(n => powers[n] > 0 || n === col);
   const terms = seen.map(n => [tokenName(n),
-    element("span", {}, "e^", operand(scores[n], from, matrix, row, n)), powers[n] / sum, n === col]);
+    element("span", {}, "e^(", operand(scores[n], from, matrix, row, n), ` − ${show(most)}) / Σ`), powers[n] / sum,
+    n === col]);
   return {words: `e^score / Σ: of all that ${tokenName(row)} looks at, the share of ${tokenName(col)}. `
     + "Bars: each token's share.", terms, total: false,
     steps: [[`e^(${show(scores[col])} − ${show(most)})`, show(powers[col])],
-      [`Σ e^(score − ${show(most)})`, show(sum)], ["share", exactly(result)]],
+      [`Σ e^(score − ${show(most)})`, show(sum)], ["their quotient, the share", exactly(result)]],
     note: `${show(most)} is the row's largest score; taken off everywhere, it changes nothing but keeps e^ small.`,
     result, slack};
 }

@@ -26,7 +26,7 @@ export function pointAt(canvas, tell) {  // tell(x, y), in the canvas's own pixe
 export function pickable(canvas, pick) {  // what is pointed at is chosen: with a click, or Enter
   canvas.tabIndex = 0;
   canvas.onclick = pick;
-  canvas.onkeydown = ({key}) => { if (key === "Enter") pick(); };
+  canvas.addEventListener("keydown", ({key}) => { if (key === "Enter") pick(); });
 }
 
 // More rows or columns than pixels: of each group the number farthest from zero stands for all.
@@ -121,7 +121,10 @@ export function heat(data, rows, cols, {range, words, mark, cell, pick, ...how})
     pointed = i < 0 || j < 0 || i >= bins.R || j >= bins.C ? -1 : bins.pick[i * bins.C + j];
     if (pointed >= 0) readout(words(Math.floor(pointed / cols), pointed % cols, data[pointed]));
   });
-  if (pick) pickable(canvas, () => { if (pointed >= 0) pick(Math.floor(pointed / cols), pointed % cols); });
+  if (pick) pickable(canvas, () => {
+    if (pointed >= 0) pick(Math.floor(pointed / cols), pointed % cols);
+    else pick(...(cell ?? [Math.max(0, mark ?? 0), 0]));  // Enter, and nothing is pointed at
+  });
   return canvas;
 }
 
