@@ -1,4 +1,4 @@
-// What is chosen, in the page's address: #tensor=NAME&head=2&token=5&side=b
+// What is chosen, in the page's address: #tensor=NAME&head=2&token=5&cell=5,17&side=b
 
 import {LENS, matricesOf} from "./model.js";
 import {SIDES, choose, infoOf, now, watchChoice} from "./state.js";
@@ -13,6 +13,7 @@ function addressOf() {
   if (n > heads) add("row", Math.floor(now.head / heads));
   if (now.pair) add("pair", now.pair);
   add("token", now.token);
+  if (now.cell) add("cell", now.cell.join(","));
   if (now.traces.length > 1) add("side", SIDES[now.side]);
   return `#${parts.join("&")}`;
 }
@@ -26,8 +27,8 @@ export function asked() {
 function decode(text) {
   try { return decodeURIComponent(text); } catch { return text; }
 }
-function pick({tensor, head, row, pair, token, side}) {
-  const found = {}, whole = text => /^\d+$/.test(text) ? +text : undefined;
+function pick({tensor, head, row, pair, token, cell, side}) {
+  const found = {cell: /^\d+,\d+$/.test(cell) ? cell.split(",").map(Number) : null}, whole = text => /^\d+$/.test(text) ? +text : undefined;
   if (now.names.includes(tensor)) found.name = tensor;
   if (whole(head) !== undefined || whole(row) !== undefined) {
     const name = found.name ?? now.name, info = name === LENS ? null : infoOf(name);

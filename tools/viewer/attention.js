@@ -4,7 +4,7 @@ import {legend, rangeOf} from "./colors.js";
 import {show} from "./dom.js";
 import {isAttention, partOf} from "./model.js";
 import {heat} from "./picture.js";
-import {isDifference, now, tokenName, values} from "./state.js";
+import {isDifference, now, pickCell, tokenName, values} from "./state.js";
 import {headThumbnails} from "./tensor.js";
 
 export const attentionPicture = {
@@ -16,7 +16,8 @@ export const attentionPicture = {
     if (!still()) return;
     const words = (i, j, x) => `${tokenName(i)} → ${tokenName(j)}: ${show(x)}`;
     picture.replaceChildren(
-      heat(data, rows, cols, {range, square: true, rowName: tokenName, colName: tokenName, words}),
+      heat(data, rows, cols, {range, square: true, rowName: tokenName, colName: tokenName, words,
+        cell: now.cell, pick: pickCell}),
       legend(range, "each row is a token that asks, each column one that answers"));
     if (layout.n > 1) await headThumbnails(view, range);
   },

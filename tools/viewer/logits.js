@@ -1,8 +1,8 @@
 // What the model predicts after each token.
 
-import {cut, element, percent, show} from "./dom.js";
+import {cut, element, link, percent, show} from "./dom.js";
 import {bars} from "./picture.js";
-import {isDifference, now, quoted, tokenIds, tokenName, values} from "./state.js";
+import {isDifference, now, pickCell, quoted, tokenIds, tokenName, values} from "./state.js";
 
 const HERE = 10, EACH = 5, MOST_ROWS = 64;
 
@@ -30,7 +30,7 @@ export const logitsPicture = {
     const after = rows === 1 ? tokenIds().length - 1 : at, table = element("table");
     picture.replaceChildren(
       element("p", {}, `What comes after ${tokenName(after)} (position ${after}; choose another token above)?`),
-      bars(here.map(([id, p, x]) => [quoted(id), p, `${percent(p)} %  (${show(x)})`])),
+      bars(here.map(([id, p, x]) => [link(quoted(id), () => pickCell(at, id)), p, `${percent(p)} %  (${show(x)})`])),
       element("p", {}, "After each token, the five likeliest"
         + `${rows > MOST_ROWS ? `, for ${MOST_ROWS} positions around the chosen one` : ""}:`),
       element("div", {className: "wide"}, table));
@@ -39,7 +39,8 @@ export const logitsPicture = {
       const top = likeliest(await rowAt(i), EACH), position = rows === 1 ? after : i;
       if (!still()) return;
       const heads = [`${position}`, tokenName(position)].map(text => element("th", {}, text));
-      const cells = top.map(([id, p]) => element("td", {}, `${cut(quoted(id), 16)} ${percent(p, 0)}%`));
+      const cells = top.map(([id, p]) => element("td", {}, link(
+        `${cut(quoted(id), 16)} ${percent(p, 0)}%`, () => pickCell(i, id))));
       const row = element("tr", {}, ...heads, ...cells);
       row.setAttribute("aria-selected", position === now.token);
       table.append(row);

@@ -1,10 +1,12 @@
 // What is shown of the chosen tensor: one picture, and below it every panel that has something to say.
 
 import {attentionPicture} from "./attention.js";
+import {cellPanel} from "./cell.js";
 import {$, element, readout, say} from "./dom.js";
 import {lensPicture} from "./lens.js";
 import {dimsElement, dimsWithSizes} from "./letters.js";
 import {logitsPicture} from "./logits.js";
+import {meaningPanel} from "./meaning.js";
 import {LENS, inLayer, isPaired, layerOf, matricesOf, matrixName} from "./model.js";
 import {ropePicture} from "./rope.js";
 import {choose, chooseLayer, current, infoOf, isDifference, isHere, layers, now, watchChoice} from "./state.js";
@@ -24,7 +26,11 @@ const PICTURES = [
 ];
 // All that fit are drawn, each into an element of its own: {title, fits(view), async draw(view, element)}.
 const PANELS = [
+  cellPanel,
+  meaningPanel,
 ];
+
+const SOON = 500;  // milliseconds, before somebody has scrolled
 
 function viewOf(still) {
   const info = now.name === LENS ? null : infoOf(now.name), shape = info?.shape ?? [];
@@ -64,16 +70,23 @@ function missing({name, info}) {  // why there is no picture; "": there is one
     : `${current().name} has no such tensor.`;
 }
 
-async function drawPanels(view) {
-  $("panels").replaceChildren();
+async function drawPanels(view, change) {
+  const places = [];
   for (const panel of PANELS) {
     if (!panel.fits(view)) continue;
-    const place = element("div", {}, element("h3", {}, panel.title)), inside = element("div");
-    place.append(inside);
+    const title = element("h3", {tabIndex: -1}, panel.title), inside = element("div");
+    const place = element("div", {role: "region", ariaLabel: panel.title}, title, inside);
     await panel.draw(view, inside);
-    if (!view.still()) return;
-    $("panels").append(place);
+    places.push(place);
   }
+  if (!view.still()) return;
+  const focused = $("panels").contains(document.activeElement);
+  $("panels").replaceChildren(...places);
+  if (focused) places[0]?.firstChild.focus({preventScroll: true});  // what was clicked there is gone
+  showCell(change);
+}
+function showCell(change) {
+  if (now.cell && "cell" in change) $("panels").firstChild?.scrollIntoView({block: "nearest"});
 }
 
 async function draw(change, still) {
@@ -81,17 +94,23 @@ async function draw(change, still) {
   readout("");
   if (!("head" in change || "pair" in change)) $("thumbs").replaceChildren();
   controls(view);
-  $("panels").replaceChildren();
   const why = missing(view);
-  if (why) return view.picture.replaceChildren(why);
-  await PICTURES.find(picture => picture.fits(view)).draw(view);
-  if (still()) await drawPanels(view);
+  if (why) {
+    $("panels").replaceChildren();
+    return view.picture.replaceChildren(why);
+  }
+  const picture = PICTURES.find(one => one.fits(view)), begun = performance.now();
+  await Promise.all([picture.draw(view), drawPanels(view, change)]);  // heads' pictures may take a while
+  if (still() && performance.now() - begun < SOON) showCell(change);  // the picture may have moved it
 }
 
 export function followInPanels() {
   watchChoice(async (change, still) => {
     $("picture").ariaBusy = true;
-    try { await draw(change, still); } catch (problem) { if (still()) say(problem); }
+    try { await draw(change, still); } catch (problem) {
+      if (still()) $("panels").replaceChildren();
+      if (still()) say(problem);
+    }
     if (still()) $("picture").ariaBusy = false;
   });
 }

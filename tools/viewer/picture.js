@@ -23,6 +23,12 @@ export function pointAt(canvas, tell) {  // tell(x, y), in the canvas's own pixe
   canvas.addEventListener("pointerdown", told);
 }
 
+export function pickable(canvas, pick) {  // what is pointed at is chosen: with a click, or Enter
+  canvas.tabIndex = 0;
+  canvas.onclick = pick;
+  canvas.addEventListener("keydown", ({key}) => { if (key === "Enter") pick(); });
+}
+
 // More rows or columns than pixels: of each group the number farthest from zero stands for all.
 export function binned(data, rows, cols, mostRows, mostCols) {
   const r = Math.ceil(rows / mostRows), c = Math.ceil(cols / mostCols);
@@ -87,8 +93,9 @@ function colNames(pen, cols, colName, {left, top, names, eachX, wide}) {
   }
 }
 
-// A heat map of rows × cols numbers. words(row, col, x) says what a cell is; mark: the row that is chosen.
-export function heat(data, rows, cols, {range, words, mark, ...how}) {
+// A heat map of rows × cols numbers. words(row, col, x) says what a cell is; mark: the row that is chosen;
+// cell: [row, col] of the chosen number; pick(row, col) chooses one, with a click.
+export function heat(data, rows, cols, {range, words, mark, cell, pick, ...how}) {
   const layout = heatLayout(rows, cols, how, (...most) => binned(data, rows, cols, ...most));
   const {bins, left, top, cellX, cellY, wide, high, eachY} = layout;
   const [canvas, pen] = canvasOf(Math.ceil(left + wide), Math.ceil(top + high) + 2);
@@ -103,16 +110,26 @@ export function heat(data, rows, cols, {range, words, mark, ...how}) {
     pen.strokeStyle = css("--mark");
     pen.strokeRect(left - 1, top + mark * eachY - .5, wide + 2, Math.max(2, eachY) + 1);
   }
+  if (cell) {
+    pen.strokeStyle = css("--ink");
+    pen.lineWidth = 2;
+    pen.strokeRect(left + cell[1] * layout.eachX - 1, top + cell[0] * eachY - 1,
+      Math.max(4, layout.eachX) + 2, Math.max(4, eachY) + 2);
+  }
+  let pointed = -1;
   pointAt(canvas, (x, y) => {
     const i = Math.floor((y - top) / cellY), j = Math.floor((x - left) / cellX);
-    if (i < 0 || j < 0 || i >= bins.R || j >= bins.C) return;
-    const at = bins.pick[i * bins.C + j];
-    readout(words(Math.floor(at / cols), at % cols, data[at]));
+    pointed = i < 0 || j < 0 || i >= bins.R || j >= bins.C ? -1 : bins.pick[i * bins.C + j];
+    if (pointed >= 0) readout(words(Math.floor(pointed / cols), pointed % cols, data[pointed]));
+  });
+  if (pick) pickable(canvas, () => {
+    if (pointed >= 0) pick(Math.floor(pointed / cols), pointed % cols);
+    else pick(...(cell ?? [Math.max(0, mark ?? 0), 0]));  // Enter, and nothing is pointed at
   });
   return canvas;
 }
 
-export function bars(rows) {  // a table of [name, size, text]
+export function bars(rows) {  // a table of [name, size, text]; name and text may be elements
   const most = Math.max(...rows.map(([, size]) => Math.abs(size)), 1e-30), table = element("table");
   for (const [name, size, text] of rows) {
     const bar = element("div");

@@ -3,8 +3,8 @@
 import {dark} from "./colors.js";
 import {$, css, cut, element, readout, show} from "./dom.js";
 import {isPaired, matrixName} from "./model.js";
-import {canvasOf, pointAt, thumbnails} from "./picture.js";
-import {choose, infoOf, isHere, now, tokenName, values} from "./state.js";
+import {canvasOf, pickable, pointAt, thumbnails} from "./picture.js";
+import {choose, infoOf, isHere, now, pickCell, tokenName, values} from "./state.js";
 
 const MOST_NAMED = 24, THUMB = 58;
 const angle = ([x, y]) => Math.atan2(y, x);
@@ -62,11 +62,14 @@ function circle({before, after, rows, cols, pair, side, large}) {
     pen.fillStyle = css("--faint");
     pen.fillText(cut(tokenName(i), 10), x + 7, y - 7);
   });
+  let nearest = 0;
   if (large) pointAt(canvas, (x, y) => {
     const far = ({end}) => Math.hypot(end[0] - x, end[1] - y);
     const {i} = ends.reduce((a, b) => far(b) < far(a) ? b : a);
+    nearest = i;
     readout(wordsOf(i, ...both[i]));
   });
+  if (large) pickable(canvas, () => pickCell(nearest, 2 * pair));
   return canvas;
 }
 

@@ -1,7 +1,7 @@
 // What is opened and chosen. Whatever changes goes through choose(), which tells those who watch.
 
 import {read} from "./safetensors.js";
-import {LENS, dimsOf, layerCount, layerOf, matricesOf, partOf} from "./model.js";
+import {LENS, dimsOf, isPaired, layerCount, layerOf, matricesOf, partOf} from "./model.js";
 
 export const now = {
   traces: [],  // one, or two that are compared
@@ -12,6 +12,7 @@ export const now = {
   wanted: 0,  // the head last chosen, also where a tensor has fewer
   pair: 0,  // of the dims of q and k
   token: 0,  // position in the prompt
+  cell: null,  // or [row, column] in the chosen matrix: the number whose making is shown
   row: 0,  // of the batch
   side: 0,  // trace 0, 1, or 2: their difference
 };
@@ -53,10 +54,13 @@ export const watchChoice = watcher => watchers.push(watcher);
 // something else has been chosen, so that what is on its way for this choice can be thrown away.
 let turn = 0;
 export function choose(change, how = {}) {
-  const mine = ++turn;
+  const mine = ++turn, part = partOf(now.name);
   Object.assign(now, change);
   if ("head" in change) now.wanted = now.head;
+  if (!("cell" in change) && part !== partOf(now.name)) now.cell = null;
   settle();
+  if ("cell" in change || "token" in change) settleCell(!("cell" in change));
+  if (now.cell && "cell" in change && !("token" in change)) Object.assign(now, cellChoice(...now.cell));
   return Promise.all(watchers.map(watcher => watcher(change, () => mine === turn, how)));
 }
 
@@ -70,6 +74,30 @@ function settle() {  // what is chosen must be there
   now.row = Math.min(now.row, current().rows.length - 1);
   now.token = Math.max(0, Math.min(now.token, tokenIds().length - 1));
 }
+
+// The position whose numbers a row holds: of norm, some ports keep that of the last position only.
+export const skippedRows = name => Math.max(0, tokenIds().length - matricesOf(name, infoOf(name).shape).rows);
+
+function settleCell(follow) {  // it is there; follow: it moves to the chosen token
+  const info = now.name === LENS ? null : infoOf(now.name);
+  if (!info?.count) now.cell = null;
+  if (!now.cell) return;
+  const {rows, cols} = matricesOf(now.name, info.shape);
+  let [row, col] = now.cell;
+  if (follow && now.name === "tokens") col = now.token;
+  else if (follow && dimsOf(now.name)) row = now.token - skippedRows(now.name);
+  now.cell = [Math.max(0, Math.min(row, rows - 1)), Math.min(col, cols - 1)];
+}
+
+// The choice of a number of a tensor, and with it of its token. Without a name: of the chosen tensor.
+export function cellChoice(row, col, name = now.name) {
+  const found = {cell: [row, col]};
+  if (isPaired(name, infoOf(name).shape)) found.pair = Math.floor(col / 2);
+  if (name === "tokens") found.token = col;
+  else if (dimsOf(name)) found.token = row + skippedRows(name);
+  return found;
+}
+export const pickCell = (row, col) => choose(cellChoice(row, col));
 
 export function chooseLayer(layer) {  // the same part there, or the first that there is
   const there = now.names.filter(name => layerOf(name) === layer);

@@ -4,7 +4,7 @@ import {legend, rangeOf} from "./colors.js";
 import {$, element, show} from "./dom.js";
 import {columnName, dimsOf, isAttention, matrixName} from "./model.js";
 import {heat, small, thumbnails} from "./picture.js";
-import {choose, now, quoted, tokenIds, tokenName, values} from "./state.js";
+import {choose, now, pickCell, quoted, tokenIds, tokenName, values} from "./state.js";
 
 const MOST_THUMB_ROWS = 96, THUMB = 68, MOST_TOKENS = 5000;
 
@@ -37,7 +37,8 @@ export const matrixPicture = {
     const place = i => dimsOf(name) && !isAttention(name) ? tokenName(i + skipped) : `${i}`;
     const words = (i, j, x) => `${place(i)}, ${columnName(name)} ${j}: ${show(x)}`;
     picture.replaceChildren(
-      heat(data, rows, cols, {range, rowName: place, words, mark: now.token - skipped}), legend(range));
+      heat(data, rows, cols, {range, rowName: place, words, mark: now.token - skipped,
+        cell: now.cell, pick: pickCell}), legend(range));
     if (layout.n > 1) await headThumbnails(view, range);
   },
 };
@@ -49,7 +50,9 @@ export const tokensPicture = {
     const table = element("table", {}, element("tr", {}, ...heads));
     tokenIds().slice(0, MOST_TOKENS).forEach((id, i) => {
       const cells = [`${i}`, `${id}`, quoted(id)].map(text => element("td", {}, text));
-      table.append(element("tr", {}, ...cells));
+      const row = element("tr", {onclick: () => pickCell(now.row, i)}, ...cells);
+      row.setAttribute("aria-selected", now.cell?.[1] === i);
+      table.append(row);
     });
     picture.replaceChildren(element("div", {className: "wide"}, table));
   },

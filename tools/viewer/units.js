@@ -1,10 +1,10 @@
 // Which units of the feed-forward answer most.
 
 import {legend, rangeOf} from "./colors.js";
-import {element, show} from "./dom.js";
+import {element, link, show} from "./dom.js";
 import {isUnits} from "./model.js";
 import {bars, heat} from "./picture.js";
-import {now, tokenName, values} from "./state.js";
+import {now, pickCell, tokenName, values} from "./state.js";
 
 const TOP = 40, BARS = 12;
 
@@ -26,14 +26,16 @@ export const unitsPicture = {
     const some = new Float32Array(rows * top.length);
     for (let i = 0; i < rows; i++) top.forEach((j, k) => { some[i * top.length + k] = data[i * cols + j]; });
     const range = rangeOf(some, true);
+    const cell = now.cell && [now.cell[0], top.indexOf(now.cell[1])];
     const words = (i, j, x) => `${tokenName(i)}, unit ${top[j]}: ${show(x)}`;
     picture.replaceChildren(
       element("p", {}, `The ${top.length} units of ${cols} that are strongest anywhere:`),
       heat(some, rows, top.length,
-        {range, rowName: tokenName, colName: j => `${top[j]}`, words, mark: now.token}),
+        {range, rowName: tokenName, colName: j => `${top[j]}`, words, mark: now.token,
+          cell: cell?.[1] >= 0 ? cell : null, pick: (i, j) => pickCell(i, top[j])}),
       legend(range),
       element("p", {}, `The strongest at ${tokenName(now.token)} (position ${now.token}; `
         + "choose another token above):"),
-      bars(here.map(j => [`unit ${j}`, at(j), show(at(j))])));
+      bars(here.map(j => [link(`unit ${j}`, () => pickCell(now.token, j)), at(j), show(at(j))])));
   },
 };
