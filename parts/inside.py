@@ -3,6 +3,7 @@
 import fnmatch
 import inspect
 import json
+import math
 import re
 import sys
 import tempfile
@@ -159,27 +160,104 @@ def is_trace(path: Path) -> bool:
         return False
 
 
+def side_by_side(x: Tensor) -> Tensor:
+    """What several processes hold of the last dim, joined; of one process x itself."""
+    if processes()[1] == 1:
+        return x
+    from parts import parallel
+
+    return parallel.side_by_side(x)
+
+
+def likeliest(logits: Tensor, chosen: Tensor | None, top: int) -> dict[str, Tensor]:
+    """Of logits (B T V): the likeliest ids and their probs (B T top), the entropy in bits, and the rank
+    of the tokens `chosen` (B T; 0: the likeliest)."""
+    found = []
+    for part, asked in zip(
+        logits.split(64, 1), (chosen if chosen is not None else logits.argmax(-1)).split(64, 1)
+    ):
+        probs = part.softmax(-1)
+        best = probs.topk(min(top, probs.shape[-1]))
+        entropy = torch.special.entr(probs).sum(-1) / math.log(2)
+        rank = (part > part.gather(-1, asked[..., None])).sum(-1)
+        found.append((best.indices, best.values, entropy, rank.int()))
+    names = ("ids", "probs", "entropy", "rank")
+    return {name: torch.cat(parts, 1).cpu() for name, parts in zip(names, zip(*found))}
+
+
 def logit_lens(
     trace: dict[str, Tensor], weights: llama.Weights, params: llama.Params, top: int = 10
-) -> tuple[Tensor, Tensor]:
-    """What would each layer's output predict, were it the last? Token ids and probabilities (L B T top).
+) -> dict[str, Tensor]:
+    """What would the model predict, were it to end after a layer, or after a layer's attention?
 
+    "lens.ids" and ".probs" (L B T top) of the likeliest tokens, "lens.entropy" (L B T) in bits, and
+    "lens.rank" of the token that the whole model finds likeliest; "lens.attention.ids" … after attention.
     It goes through the final norm and the head, as the last layer's does. Source: nostalgebraist,
-    "interpreting GPT: the logit lens", 2020.
+    "interpreting GPT: the logit lens", 2020. Then what attribution says.
     """
-    ids, probs = [], []
-    for i in range(params["n_layers"]):
-        x = trace[f"layers.{i}.out"].to(weights["norm.weight"].device)
-        h = llama.rms_norm(x, weights["norm.weight"], params["norm_eps"])
-        logits = llama.project(h, weights["output.weight"]).float()
-        if processes()[1] > 1:
-            from parts import parallel
+    lens: dict[str, list[Tensor]] = {}
+    chosen = None
+    for i in reversed(range(params["n_layers"])):  # the last one says which token is chosen
+        for kind, name in (("lens", "out"), ("lens.attention", "after_attention")):
+            x = trace[f"layers.{i}.{name}"].to(weights["norm.weight"].device)
+            h = llama.rms_norm(x, weights["norm.weight"], params["norm_eps"])
+            logits = side_by_side(llama.project(h, weights["output.weight"]).float())
+            if chosen is None:
+                chosen = logits.argmax(-1)
+            for what, tensor in likeliest(logits, chosen, top).items():
+                lens.setdefault(f"{kind}.{what}", []).insert(0, tensor)
+    tensors = {name: torch.stack(layers) for name, layers in lens.items()}
+    return tensors | attribution(trace, weights, params, tensors["lens.ids"][-1, ..., 0])
 
-            logits = parallel.side_by_side(logits)
-        likeliest = logits.softmax(-1).topk(min(top, logits.shape[-1]))
-        ids.append(likeliest.indices.cpu())
-        probs.append(likeliest.values.cpu())
-    return torch.stack(ids), torch.stack(probs)
+
+def attribution(
+    trace: dict[str, Tensor], weights: llama.Weights, params: llama.Params, ids: Tensor
+) -> dict[str, Tensor]:
+    """What did each layer and each head add to the logits of ids (B T), one for each position?
+
+    The final norm divides the whole stream by one number, so a logit is the sum of what was added to the
+    stream: "attribution.embedding" (B T), and "attribution.layers" (L 2 B T) of attention and feed-forward.
+    "attribution.heads" (L H B T) is what each head gave of its layer's attention. In float32.
+    """
+    device, E, L = weights["norm.weight"].device, params["head_dim"], params["n_layers"]
+    x = trace[f"layers.{L - 1}.out"].to(device).float()
+    scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + params["norm_eps"])
+    row = rows_of(weights["output.weight"], ids.to(device)).float()
+    direction = scale * weights["norm.weight"].float() * row
+    seen = []  # the direction, as each layer's heads see it
+    for i in range(L):
+        seen.append(
+            side_by_side(direction @ weights[f"layers.{i}.attention.wo.weight"].float()).cpu()
+        )
+    if processes()[0] > 0:
+        return {}
+    direction = direction.cpu()
+    layers, heads = [], []
+    for i in range(L):
+        for name in ("attention.out", "feed_forward.out"):
+            layers.append((trace[f"layers.{i}.{name}"].float() * direction).sum(-1))
+        by_head = seen[i].unflatten(-1, (-1, E)).transpose(1, 2)  # B H T E
+        heads.append(
+            (trace[f"layers.{i}.attention.heads"].float() * by_head).sum(-1).transpose(0, 1)
+        )
+    return {
+        "attribution.ids": ids,
+        "attribution.embedding": (trace["tok_embeddings"].float() * direction).sum(-1),
+        "attribution.layers": torch.stack(layers).unflatten(0, (L, 2)),
+        "attribution.heads": torch.stack(heads),
+    }
+
+
+def rows_of(head: Tensor, ids: Tensor) -> Tensor:
+    """The rows of the head for token ids (B T), from whoever of several processes holds them."""
+    rank, N = processes()
+    if N == 1:
+        return head[ids]
+    own = ids - rank * len(head)
+    there = (own >= 0) & (own < len(head))
+    rows = head[own.clamp(0, len(head) - 1)] * there[..., None]
+    torch.distributed.all_reduce(rows)
+    return rows
 
 
 @torch.inference_mode()
@@ -192,7 +270,7 @@ def traced(tokens: Tensor, model: llama.Model) -> dict[str, Tensor]:
     if rank > 0:  # these write no file, and need for the lens no more than
 
         def probe(name: str, dims: str, tensor: Tensor) -> Tensor:
-            if re.fullmatch(r"layers\.\d+\.out", name):
+            if re.fullmatch(r"layers\.\d+\.(out|after_attention)", name):
                 trace[name] = tensor.clone()
             return tensor
 
@@ -201,14 +279,13 @@ def traced(tokens: Tensor, model: llama.Model) -> dict[str, Tensor]:
 
         probe = parallel.gathering(probe, params)
     check_finite(llama.forward(tokens, weights, params, probe=probe), weights)
-    trace["lens.ids"], trace["lens.probs"] = logit_lens(trace, weights, params)
-    return trace
+    return trace | logit_lens(trace, weights, params)
 
 
 def save_trace(path: str, tokens: Tensor, model: llama.Model, about: dict[str, str]) -> None:
     """Writes every tensor of one pass over tokens (B T), without a cache, to a .safetensors file.
 
-    Beside them "lens.ids" and "lens.probs" (logit_lens). about: strings for the metadata; params, dtype and
+    Beside them what logit_lens says. about: strings for the metadata; params, dtype and
     the texts of all tokens that tools/viewer.html names are added.
     """
     if processes()[0] > 0:  # process 0 writes
@@ -226,7 +303,8 @@ def save_trace(path: str, tokens: Tensor, model: llama.Model, about: dict[str, s
     trace = traced(tokens, model)
     whole = params.get("whole", params) | {"n_layers": params["n_layers"]}
     dtype = str(weights["norm.weight"].dtype).removeprefix("torch.")
-    shown = torch.cat([trace["tokens"].flatten(), trace["lens.ids"].flatten()])
+    named = ("tokens", "lens.ids", "lens.attention.ids")
+    shown = torch.cat([trace[name].flatten() for name in named])
     texts = {}
     for n in shown.unique().tolist():
         texts[n] = vocabulary.piece(tokenizer, n).decode("utf-8", "backslashreplace")

@@ -138,7 +138,8 @@ def test_save_trace_holds_every_tensor(script, tmp_path):
     assert result.returncode == 0 and os.listdir(tmp_path) == ["t.safetensors"]
     trace = load_file(file)
     params = read_params(ROOT / "weights/tiny")
-    assert len(trace) == 4 + 17 * params["n_layers"] + 2  # and the logit lens
+    beside = 8 + 4  # the logit lens after attention and after each layer, and attribution
+    assert len(trace) == 4 + 17 * params["n_layers"] + beside
     T = trace["tokens"].shape[1]
     assert trace["logits"].shape == (1, T, 1280) and trace["layers.3.attention.scores"].shape == (
         1,

@@ -596,7 +596,8 @@ def test_the_map_is_drawn_from_the_trace(page, trace, tmp_path):
     choose(page, "layers.2.out")
     found = dict(page.eval_on_selector_all("#map [data-tensor]", nodes))
     names = {name for name in held if "layers." not in name or name.startswith("layers.2.")}
-    assert found.keys() == names - {"lens.ids", "lens.probs"} | {"logit lens"}
+    beside = {name for name in names if name.startswith(("lens.", "attribution."))}
+    assert found.keys() == names - beside | {"logit lens"}
     for name in found.keys() - {"logit lens"}:
         assert "×".join(map(str, held[name].shape)) in found[name]
     letters = page.eval_on_selector_all("#map .sizes span", "all => all.map(x => x.textContent)")

@@ -869,7 +869,11 @@ def noise_of(dtype, trace, tokens, weights, params):
 
 
 def report(args, theirs, differences, tolerances, steps, odd, params):
-    unknown = [name for name in theirs if name not in tolerances and not name.startswith("lens.")]
+    unknown = [
+        name
+        for name in theirs
+        if name not in tolerances and not name.startswith(("lens.", "attribution."))
+    ]
     if args.json:
         print(
             json.dumps(

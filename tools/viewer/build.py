@@ -166,7 +166,9 @@ def check_example() -> None:
     if held.keys() != tensors.keys() or json.loads(found["params"]) != json.loads(about["params"]):
         raise ValueError("tools/viewer/tiny.safetensors: other tensors than the pass has")
     for name, tensor in tensors.items():
-        if name == "lens.ids":  # of tokens that are nearly as likely the order may change
+        if name.endswith(
+            (".ids", ".rank")
+        ):  # the order of tokens that are nearly as likely may change
             continue
         try:
             torch.testing.assert_close(held[name], tensor, rtol=4e-3, atol=4e-3, equal_nan=True)

@@ -1,13 +1,19 @@
 // What is shown of the chosen tensor: one picture, and below it every panel that has something to say.
 
 import {attentionPicture} from "./attention.js";
+import {contributionsPanel} from "./contributions.js";
 import {$, element, readout, say} from "./dom.js";
 import {lensPicture} from "./lens.js";
+import {linePanel} from "./line.js";
 import {logitsPicture} from "./logits.js";
+import {lookButtons} from "./looks.js";
 import {LENS, dimsOf, inLayer, isPaired, layerOf, matricesOf, matrixName} from "./model.js";
 import {ropePicture} from "./rope.js";
 import {choose, chooseLayer, current, infoOf, isDifference, isHere, layers, now, watchChoice} from "./state.js";
+import {streamPicture} from "./stream.js";
 import {matrixPicture, tokensPicture} from "./tensor.js";
+import {toolsOf} from "./tools.js";
+import {meetingPanel, speedPanel} from "./turning.js";
 import {unitsPicture} from "./units.js";
 
 // The first that fits is drawn: {fits(view), async draw(view)}. A view: name, info, shape, layout (of
@@ -19,10 +25,15 @@ const PICTURES = [
   unitsPicture,
   logitsPicture,
   attentionPicture,
+  streamPicture,
   matrixPicture,
 ];
 // All that fit are drawn, each into an element of its own: {title, fits(view), async draw(view, element)}.
 const PANELS = [
+  meetingPanel,
+  speedPanel,
+  contributionsPanel,
+  linePanel,
 ];
 
 function viewOf(still) {
@@ -52,7 +63,7 @@ function controls(view) {
     now.pair = Math.min(now.pair, pairs - 1);
     parts.push(stepper("pair", now.pair, pairs, pair => choose({pair})));
   }
-  $("controls").replaceChildren(...parts);
+  $("controls").replaceChildren(...parts, ...lookButtons(name));
 }
 
 function missing({name, info}) {  // why there is no picture; "": there is one
@@ -84,7 +95,9 @@ async function draw(change, still) {
   const why = missing(view);
   if (why) return view.picture.replaceChildren(why);
   await PICTURES.find(picture => picture.fits(view)).draw(view);
-  if (still()) await drawPanels(view);
+  if (!still()) return;
+  $("controls").append(toolsOf(view));
+  await drawPanels(view);
 }
 
 export function followInPanels() {

@@ -51,11 +51,11 @@ export function small(data, rows, cols, range, width, height = width) {  // a th
   return canvas;
 }
 
-function heatLayout(rows, cols, {square, rowName, colName}, bin) {
+function heatLayout(rows, cols, {square, rowName, colName, spare = 0}, bin) {
   const width = Math.max(240, $("picture").clientWidth - 4), left = rowName ? 96 : 8;
   const most = square ? Math.min(width - left, innerHeight - 420) : width - left;
   const names = colName && cols * 12 <= most, top = names ? 84 : 18;
-  const room = Math.max(300, innerHeight - 340 - top);  // so that the heads below stay in sight
+  const room = Math.max(spare ? 220 : 300, innerHeight - 340 - top - spare);  // so that the heads below stay in sight
   const bins = bin(700, Math.floor(width - left));
   const across = (width - left) / bins.C, down = room / bins.R;
   const cellX = square ? Math.min(30, across, down) : Math.min(60, across);
@@ -70,11 +70,11 @@ function rowNames(pen, rows, rowName, {left, top, eachY}) {
   for (let i = 0; i < rows; i += every) pen.fillText(cut(rowName(i)), left - 5, top + (i + .5) * eachY);
   pen.textAlign = "left";
 }
-function colNames(pen, cols, colName, {left, top, names, eachX, wide}) {
+function colNames(pen, cols, colName, first, {left, top, names, eachX, wide}) {
   if (!names) {
-    pen.fillText("0", left, 8);
+    pen.fillText(`${first}`, left, 8);
     pen.textAlign = "right";
-    pen.fillText(`${cols - 1}`, left + wide, 8);
+    pen.fillText(`${first + cols - 1}`, left + wide, 8);
     return;
   }
   for (let j = 0; j < cols; j++) {
@@ -97,11 +97,17 @@ export function heat(data, rows, cols, {range, words, mark, ...how}) {
   pen.strokeRect(left - .5, top - .5, wide + 1, high + 1);
   pen.fillStyle = css("--faint");
   if (how.rowName) rowNames(pen, rows, how.rowName, layout);
-  colNames(pen, cols, how.colName, layout);
+  colNames(pen, cols, how.colName, how.firstColumn ?? 0, layout);
   if (mark >= 0 && mark < rows) {
     pen.strokeStyle = css("--mark");
     pen.strokeRect(left - 1, top + mark * eachY - .5, wide + 2, Math.max(2, eachY) + 1);
   }
+  canvas.cellAt = (x, y, nearest) => {  // row and column there; null beside the map
+    const zoom = parseFloat(canvas.style.width) / canvas.clientWidth;
+    const cell = [Math.floor((y * zoom - top) / eachY), Math.floor((x * zoom - left) / layout.eachX)];
+    const inside = [rows, cols].map((n, k) => Math.max(0, Math.min(n - 1, cell[k])));
+    return nearest || `${inside}` === `${cell}` ? inside : null;
+  };
   pointAt(canvas, (x, y) => {
     const i = Math.floor((y - top) / cellY), j = Math.floor((x - left) / cellX);
     if (i < 0 || j < 0 || i >= bins.R || j >= bins.C) return;

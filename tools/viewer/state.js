@@ -14,6 +14,10 @@ export const now = {
   token: 0,  // position in the prompt
   row: 0,  // of the batch
   side: 0,  // trace 0, 1, or 2: their difference
+  look: "",  // what is shown of it, of looksOf(name)
+  overlay: [],  // heads that are lit together with others in the text; none: the chosen one alone
+  zoom: null,  // the part of matrices of one shape that is shown: {of, top, left, rows, cols}
+  reach: "",  // how far the colours reach, as reachOf() reads it
 };
 export const SIDES = ["a", "b", "difference"];
 
@@ -56,6 +60,7 @@ export function choose(change, how = {}) {
   const mine = ++turn;
   Object.assign(now, change);
   if ("head" in change) now.wanted = now.head;
+  if ("head" in change && !("overlay" in change)) now.overlay = [];
   settle();
   return Promise.all(watchers.map(watcher => watcher(change, () => mine === turn, how)));
 }
@@ -65,6 +70,7 @@ function settle() {  // what is chosen must be there
   if (info) {
     const {n, heads} = matricesOf(now.name, info.shape);
     now.head = Math.min(now.wanted, n - 1);
+    now.overlay = now.overlay.filter(head => head < n);
     if (dimsOf(now.name)) now.row = Math.floor(now.head / heads);
   }
   now.row = Math.min(now.row, current().rows.length - 1);

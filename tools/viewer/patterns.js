@@ -1,0 +1,112 @@
+// Each head of a layer: a small picture of where its tokens look, and in numbers what that is like.
+
+import {colour} from "./colors.js";
+import {element} from "./dom.js";
+import {matricesOf} from "./model.js";
+import {infoOf, now, tokenIds, values} from "./state.js";
+
+const PIXELS = 64, STEP = 1 << 20;  // numbers that are read at once
+
+// What heads are sorted by: words, what is said of it, and the least first (-1: the most).
+export const KINDS = {
+  entropy: ["entropy", "bits, mean of the tokens: 0 looks at one token, high at many alike", 1],
+  previous: ["previous token", "weight on the token just before, mean of the tokens", -1],
+  first: ["first token", "weight on the very first token, mean of the tokens", -1],
+  self: ["itself", "weight on the token itself, mean of the tokens", -1],
+  same: ["earlier same token", "weight on earlier tokens that are the same, mean of those that have one", -1],
+  after: ["after an earlier same token", "weight on what came after earlier same tokens, mean of those that "
+    + "have one: an induction head goes on as it went on before", -1],
+};
+export const CHANGED = ["difference", "the largest difference between the two traces", -1];
+
+function earlierOf(ids) {  // of each position the earlier ones with the same token
+  const seen = new Map();
+  return [...ids].map((id, i) => {
+    const there = seen.get(id) ?? [];
+    seen.set(id, [...there, i]);
+    return there;
+  });
+}
+
+function repeated(data, at, S, earlier, T) {
+  let same = 0, after = 0, n = 0;
+  for (let i = 0; i < T && i < earlier.length; i++) {
+    if (!earlier[i].length) continue;
+    n++;
+    for (const j of earlier[i]) {
+      same += data[at + i * S + j];
+      if (j + 1 < i) after += data[at + i * S + j + 1];
+    }
+  }
+  return {same: same / n, after: after / n};  // NaN, if no token comes twice
+}
+
+// T × S numbers from `at` on. pixels: of each group of cells the number farthest from zero.
+function summary(data, at, T, S, earlier) {
+  const R = Math.min(T, PIXELS), C = Math.min(S, PIXELS), pixels = new Float32Array(R * C).fill(-Infinity);
+  const bin = Uint16Array.from({length: S}, (_, j) => j * C / S);
+  let nats = 0, most = 0, previous = 0, first = 0, self = 0;
+  for (let i = 0; i < T; i++) {
+    const row = at + i * S, to = Math.floor(i * R / T) * C;
+    for (let j = 0; j < S; j++) {
+      const x = data[row + j], k = to + bin[j];
+      if (x === 0) {
+        if (pixels[k] === -Infinity) pixels[k] = 0;
+        continue;
+      }
+      if (x === -Infinity) continue;
+      const size = x < 0 ? -x : x;
+      if (x > 0) nats -= x * Math.log(x);
+      if (size > most) most = size;
+      if (pixels[k] === -Infinity || !(size <= Math.abs(pixels[k]))) pixels[k] = x;
+    }
+    if (i > 0) {
+      previous += data[row + i - 1];
+      first += data[row];
+      self += data[row + i];
+    }
+  }
+  const n = Math.max(1, T - 1);  // the first token can look at itself alone
+  return {R, C, pixels, most, entropy: nats / Math.LN2 / n, previous: previous / n, first: first / n,
+          self: self / n, difference: most, ...repeated(data, at, S, earlier, T)};
+}
+
+let known = {traces: null, found: new Map()};
+// Of each head of a tensor B H T S, in the row of the batch that is looked at: as summary() gives it.
+export async function patternsOf(name, still) {
+  if (known.traces !== now.traces) known = {traces: now.traces, found: new Map()};
+  const key = `${name} ${now.side} ${now.row}`, {found} = known;
+  if (found.has(key)) return found.get(key);
+  const {rows, cols, size, n, heads, perHead} = matricesOf(name, infoOf(name).shape);
+  const many = perHead ? heads : n, from = perHead ? now.row * heads : 0;
+  const earlier = earlierOf(tokenIds()), each = Math.max(1, Math.floor(STEP / size)), all = [];
+  for (let head = 0; head < many; head += each) {
+    const count = Math.min(each, many - head), data = await values(name, (from + head) * size, count * size);
+    if (!still()) return null;
+    for (let i = 0; i < count; i++) all.push(summary(data, i * size, rows, cols, earlier));
+  }
+  found.set(key, all);
+  return all;
+}
+
+const LEVELS = 512;
+function paletteOf(range) {  // as ImageData holds them, four bytes in one number
+  const pack = x => colour(x, range).reduce((all, part, i) => all | Math.round(part) << 8 * i, 255 << 24) >>> 0;
+  const level = Uint32Array.from({length: 2 * LEVELS + 1}, (_, i) => pack((i / LEVELS - 1) * range.most));
+  const [nan, masked] = [pack(NaN), pack(-Infinity)];
+  return x => x !== x ? nan : x === -Infinity ? masked
+    : level[LEVELS + Math.round(Math.max(-1, Math.min(1, x / range.most)) * LEVELS)];
+}
+const palettes = new Map();
+export function patternCanvas({R, C, pixels, most}, signed, size) {
+  const range = {signed, most: most || 1}, canvas = element("canvas", {width: C, height: R});
+  const unit = {signed, most: 1}, key = `${signed} ${colour(0, unit)}`;  // of a theme
+  if (!palettes.has(key)) palettes.set(key, paletteOf(unit));
+  const toColour = palettes.get(key), pen = canvas.getContext("2d"), image = pen.createImageData(C, R);
+  const bytes = new Uint32Array(image.data.buffer);
+  for (let i = 0; i < pixels.length; i++)
+    bytes[i] = toColour(pixels[i] === -Infinity ? -Infinity : pixels[i] / range.most);
+  pen.putImageData(image, 0, 0);
+  Object.assign(canvas.style, {width: `${size}px`, height: `${size}px`});
+  return canvas;
+}
