@@ -52,7 +52,7 @@ function told(at, weights, heads) {
 }
 
 function arcPath(a, b) {  // from the top of one box to that of another
-  const rise = Math.min(34, 10 + Math.abs(a.x - b.x) / 8);
+  const rise = Math.min(28, 10 + Math.abs(a.x - b.x) / 10);  // as much as there is room above the first line
   return `M${a.x} ${a.y} C${a.x} ${a.y - rise} ${b.x} ${b.y - rise} ${b.x} ${b.y}`;
 }
 function drawArcs(svg, tokens, arcs) {
@@ -110,24 +110,29 @@ function overlay(heads, chosen) {  // which heads are lit together
     `${h}`);
     button.setAttribute("aria-pressed", on);
     button.dataset.overlay = h;
-    if (on && how.colours && chosen.length > 1) button.style.background = tint(chosen.indexOf(row + h), .7);
     return button;
   });
+  const colour = () => buttons.forEach((button, h) => {
+    const at = how.colours && chosen.length > 1 ? chosen.indexOf(row + h) : -1;
+    button.style.background = at < 0 ? "" : tint(at, .7);
+  });
+  colour();
   const all = element("button", {onclick: () => choose({overlay: buttons.map((_, h) => row + h)})}, "all");
   const alone = element("button", {onclick: () => choose({overlay: []})}, "one");
-  return element("details", {open: now.overlay.length > 0},
+  const place = element("details", {open: now.overlay.length > 0},
     element("summary", {}, chosen.length > 1 ? `heads together: ${chosen.length}` : "several heads together"),
     element("div", {className: "choices", role: "group", ariaLabel: "heads that are lit together"}, ...buttons, all, alone));
+  return {place, colour};
 }
 
 // The text with what its chosen token looks at. null: there are no weights.
 export async function gaze({name, layout, still}) {
-  const weightsOf = weightsFrom(name), ids = tokenIds(), {rows, cols} = layout, heads = layout.perHead ? layout.heads : layout.n;
+  const weightsOf = weightsFrom(name), ids = tokenIds(), {rows, cols} = layout, many = layout.perHead ? layout.heads : layout.n;
   if (!weightsOf || !ids.length || rows !== ids.length) return null;
   const chosen = now.overlay.length ? now.overlay : [now.head];
   const matrices = await Promise.all(chosen.map(weightsOf));
   if (!still()) return null;
-  const names = chosen.map(head => head % heads), svg = document.createElementNS(SVG, "svg");
+  const names = chosen.map(head => head % many), svg = document.createElementNS(SVG, "svg");
   const tokens = ids.slice(0, MOST).map((_, i) => {
     const number = element("small"), token = element("button", {}, element("span", {}, letters(i)));
     if (ids.length <= MOST_NUMBERED) token.append(number);
@@ -161,25 +166,20 @@ export async function gaze({name, layout, still}) {
   text.onclick = event => {
     if (atOf(event) !== undefined) choose({token: +atOf(event)});
   };
-  const place = element("div"), focused = document.activeElement?.dataset?.at;
+  const focused = document.activeElement?.dataset?.at, heads = overlay(many, chosen);
   const set = change => {
     Object.assign(how, change);
-    fill();
-  };
-  function fill() {
-    place.replaceChildren(
-      element("div", {className: "choices"},
-        select("direction", [["from", "what the token looks at"], ["by", "what looks at the token"]],
-          how.from ? "from" : "by", value => set({from: value === "from"})),
-        select("arcs", [["token", "arcs of the token"], ["all", "arcs of all tokens"], ["none", "no arcs"]],
-          how.arcs, arcs => set({arcs})),
-        option("first token too", how.first, first => set({first})),
-        chosen.length > 1 ? option("each head in its colour", how.colours, colours => set({colours})) : "",
-        heads > 1 ? overlay(heads, chosen) : ""),
-      text);
+    heads.colour();
     paint(now.token);
-  }
-  fill();
+  };
+  const place = element("div", {}, element("div", {className: "choices"},
+    select("direction", [["from", "what the token looks at"], ["by", "what looks at the token"]],
+      how.from ? "from" : "by", value => set({from: value === "from"})),
+    select("arcs", [["token", "arcs of the token"], ["all", "arcs of all tokens"], ["none", "no arcs"]],
+      how.arcs, arcs => set({arcs})),
+    option("first token too", how.first, first => set({first})),
+    chosen.length > 1 ? option("each head in its colour", how.colours, colours => set({colours})) : "",
+    many > 1 ? heads.place : ""), text);
   return {place, shown() {  // arcs need the place of each token on the page
     paint(now.token);
     const token = tokens[now.token];

@@ -1,10 +1,11 @@
 // All heads of all layers on one page, as they stand in the model or sorted by what they look at.
 
-import {element, show} from "./dom.js";
+import {$, element, show} from "./dom.js";
 import {layerOf, matricesOf, partOf} from "./model.js";
 import {CHANGED, KINDS, patternCanvas, patternsOf} from "./patterns.js";
 import {choose, infoOf, isDifference, isHere, now} from "./state.js";
 
+const AT_ONCE = 3;  // layers: while one is read another is looked at
 const kinds = () => isDifference() ? {difference: CHANGED} : KINDS;
 const shown = ({sort}, head) => Number.isNaN(head[sort]) ? "–" : head[sort].toFixed(2);
 
@@ -72,13 +73,18 @@ export const headsPicture = {
       const draw = one => headButton(one, settings, size, signed);
       place.replaceChildren(...settings.order === "sorted" ? sorted(all, settings, draw) : byLayer(all, draw));
     }
+    $("thumbs").replaceChildren();  // they are among these
     picture.replaceChildren(controls, words, progress, place);
-    for (const other of names) {
-      progress.textContent = `Reading layer ${layerOf(other)} …`;
-      const found = await patternsOf(other, still), {heads, n, perHead} = matricesOf(other, infoOf(other).shape);
-      if (!found || !still()) return;
-      found.forEach((one, head) => all.push({layer: layerOf(other), head, name: other,
-        found: {...one, heads: perHead ? heads : n}}));
+    for (let i = 0; i < names.length; i += AT_ONCE) {
+      const some = names.slice(i, i + AT_ONCE);
+      progress.textContent = `Reading layer ${layerOf(some[0])} …`;
+      const found = await Promise.all(some.map(other => patternsOf(other, still)));
+      if (!still() || found.includes(null)) return;
+      some.forEach((other, k) => {
+        const {heads, n, perHead} = matricesOf(other, infoOf(other).shape);
+        found[k].forEach((one, head) => all.push({layer: layerOf(other), head, name: other,
+          found: {...one, heads: perHead ? heads : n}}));
+      });
     }
     progress.remove();
     if (part !== partOf(weights)) all.forEach(({found}) => Object.keys(KINDS).forEach(key => { found[key] = NaN; }));

@@ -6,8 +6,8 @@ import {choose, layers, now, watchChoice} from "./state.js";
 
 const PLAIN = ["", "numbers"];
 export function looksOf(name) {  // [key, words]; none where there is nothing to choose
-  if (isAttention(name)) return [["", "text and numbers"], ["heads", "all heads of all layers"]];
-  return isStream(name) ? [PLAIN, ["stream", "the residual stream"]] : [];
+  if (isAttention(name)) return [["", "this head"], ["heads", "all heads"]];
+  return isStream(name) ? [PLAIN, ["stream", "stream"]] : [];
 }
 export const lookOf = name => looksOf(name).some(([key]) => key === now.look) ? now.look : "";
 

@@ -1,6 +1,6 @@
 // Each head of a layer: a small picture of where its tokens look, and in numbers what that is like.
 
-import {colour} from "./colors.js";
+import {paletteOf} from "./colors.js";
 import {element} from "./dom.js";
 import {matricesOf} from "./model.js";
 import {infoOf, now, tokenIds, values} from "./state.js";
@@ -41,24 +41,27 @@ function repeated(data, at, S, earlier, T) {
   return {same: same / n, after: after / n};  // NaN, if no token comes twice
 }
 
+// Logarithms of millions of weights: the exponent of a float32, and a table of the first 11 bits behind it.
+const LOG = Float32Array.from({length: 2048}, (_, i) => Math.log2(1 + (i + .5) / 2048));
+const inBits = bits => (bits >>> 23) - 127 + LOG[bits >>> 12 & 2047];
+
 // T × S numbers from `at` on. pixels: of each group of cells the number farthest from zero.
 function summary(data, at, T, S, earlier) {
   const R = Math.min(T, PIXELS), C = Math.min(S, PIXELS), pixels = new Float32Array(R * C).fill(-Infinity);
-  const bin = Uint16Array.from({length: S}, (_, j) => j * C / S);
-  let nats = 0, most = 0, previous = 0, first = 0, self = 0;
+  const bin = Uint16Array.from({length: S}, (_, j) => j * C / S), bits = new Uint32Array(data.buffer);
+  let entropy = 0, most = 0, previous = 0, first = 0, self = 0;
   for (let i = 0; i < T; i++) {
     const row = at + i * S, to = Math.floor(i * R / T) * C;
-    for (let j = 0; j < S; j++) {
+    let end = S;  // what is masked: behind it there are only zeros
+    while (end > 0 && data[row + end - 1] === 0) end--;
+    for (let k = end < S ? bin[end] : C; k < C; k++) if (pixels[to + k] === -Infinity) pixels[to + k] = 0;
+    for (let j = 0; j < end; j++) {
       const x = data[row + j], k = to + bin[j];
-      if (x === 0) {
-        if (pixels[k] === -Infinity) pixels[k] = 0;
-        continue;
-      }
       if (x === -Infinity) continue;
-      const size = x < 0 ? -x : x;
-      if (x > 0) nats -= x * Math.log(x);
+      const size = x < 0 ? -x : x, there = pixels[k];
+      if (x > 0) entropy -= x * inBits(bits[row + j]);
       if (size > most) most = size;
-      if (pixels[k] === -Infinity || !(size <= Math.abs(pixels[k]))) pixels[k] = x;
+      if (there === -Infinity || !(size <= (there < 0 ? -there : there))) pixels[k] = x;
     }
     if (i > 0) {
       previous += data[row + i - 1];
@@ -67,10 +70,11 @@ function summary(data, at, T, S, earlier) {
     }
   }
   const n = Math.max(1, T - 1);  // the first token can look at itself alone
-  return {R, C, pixels, most, entropy: nats / Math.LN2 / n, previous: previous / n, first: first / n,
+  return {R, C, pixels, most, entropy: entropy / n, previous: previous / n, first: first / n,
           self: self / n, difference: most, ...repeated(data, at, S, earlier, T)};
 }
 
+const inFloats = data => data instanceof Float32Array ? data : Float32Array.from(data);
 let known = {traces: null, found: new Map()};
 // Of each head of a tensor B H T S, in the row of the batch that is looked at: as summary() gives it.
 export async function patternsOf(name, still) {
@@ -80,32 +84,23 @@ export async function patternsOf(name, still) {
   const {rows, cols, size, n, heads, perHead} = matricesOf(name, infoOf(name).shape);
   const many = perHead ? heads : n, from = perHead ? now.row * heads : 0;
   const earlier = earlierOf(tokenIds()), each = Math.max(1, Math.floor(STEP / size)), all = [];
+  const at = head => head < many ? values(name, (from + head) * size, Math.min(each, many - head) * size) : null;
+  let coming = at(0);
   for (let head = 0; head < many; head += each) {
-    const count = Math.min(each, many - head), data = await values(name, (from + head) * size, count * size);
+    const data = inFloats(await coming), count = Math.min(each, many - head);
     if (!still()) return null;
+    coming = at(head + each);  // is read while these are looked at
     for (let i = 0; i < count; i++) all.push(summary(data, i * size, rows, cols, earlier));
   }
   found.set(key, all);
   return all;
 }
 
-const LEVELS = 512;
-function paletteOf(range) {  // as ImageData holds them, four bytes in one number
-  const pack = x => colour(x, range).reduce((all, part, i) => all | Math.round(part) << 8 * i, 255 << 24) >>> 0;
-  const level = Uint32Array.from({length: 2 * LEVELS + 1}, (_, i) => pack((i / LEVELS - 1) * range.most));
-  const [nan, masked] = [pack(NaN), pack(-Infinity)];
-  return x => x !== x ? nan : x === -Infinity ? masked
-    : level[LEVELS + Math.round(Math.max(-1, Math.min(1, x / range.most)) * LEVELS)];
-}
-const palettes = new Map();
 export function patternCanvas({R, C, pixels, most}, signed, size) {
-  const range = {signed, most: most || 1}, canvas = element("canvas", {width: C, height: R});
-  const unit = {signed, most: 1}, key = `${signed} ${colour(0, unit)}`;  // of a theme
-  if (!palettes.has(key)) palettes.set(key, paletteOf(unit));
-  const toColour = palettes.get(key), pen = canvas.getContext("2d"), image = pen.createImageData(C, R);
+  const toColour = paletteOf({signed, most: most || 1}), canvas = element("canvas", {width: C, height: R});
+  const pen = canvas.getContext("2d", {alpha: false}), image = new ImageData(C, R);
   const bytes = new Uint32Array(image.data.buffer);
-  for (let i = 0; i < pixels.length; i++)
-    bytes[i] = toColour(pixels[i] === -Infinity ? -Infinity : pixels[i] / range.most);
+  for (let i = 0; i < pixels.length; i++) bytes[i] = toColour(pixels[i]);
   pen.putImageData(image, 0, 0);
   Object.assign(canvas.style, {width: `${size}px`, height: `${size}px`});
   return canvas;

@@ -1,6 +1,6 @@
 // What pictures are made of: canvases, heat maps, bars, thumbnails.
 
-import {colour, rgb} from "./colors.js";
+import {paletteOf, rgb} from "./colors.js";
 import {$, css, cut, element, readout} from "./dom.js";
 
 export function canvasOf(width, height) {  // and its pen, in pixels of the page
@@ -38,8 +38,9 @@ export function binned(data, rows, cols, mostRows, mostCols) {
 
 export function image(data, {R, C, pick}, range) {  // a pixel a number
   const canvas = element("canvas", {width: C, height: R}), pen = canvas.getContext("2d");
-  const pixels = pen.createImageData(C, R);
-  pick.forEach((at, i) => pixels.data.set([...colour(data[at], range), 255], 4 * i));
+  const pixels = pen.createImageData(C, R), bytes = new Uint32Array(pixels.data.buffer);
+  const toColour = paletteOf(range);
+  pick.forEach((at, i) => { bytes[i] = toColour(data[at]); });
   pen.putImageData(pixels, 0, 0);
   return canvas;
 }

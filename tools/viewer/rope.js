@@ -42,8 +42,8 @@ function dot(pen, [x, y], size, filled) {
 }
 
 // Names beside their points, the first ones of the list before the others, and none above another.
-function labels(pen, side, named) {
-  const taken = [];
+function labels(pen, side, named, points) {
+  const taken = points.length > 2 * MANY ? [] : points.map(([x, y]) => [x - 5, y, 10]);
   for (const {text, at: [x, y], strong} of named) {
     const wide = pen.measureText(text).width, high = 13;
     const place = [[x + 7, y - 8], [x + 7, y + 8], [x - 7 - wide, y - 8], [x - 7 - wide, y + 8]].find(([u, v]) =>
@@ -79,8 +79,11 @@ function circle({before, after, rows, cols, pair, side, large}) {
     for (const point of [from, to]) if (point) ends.push({i, end: on(point)});
   }
   if (!large) return canvas;
-  labels(pen, side, order.reverse().map(i =>
-    ({text: cut(tokenName(i), 10), at: on(both[i][1] ?? both[i][0]), strong: i === now.token})));
+  order.reverse();
+  const far = i => i === now.token ? Infinity : Math.hypot(...both[i][1] ?? both[i][0]);
+  if (many) order.sort((a, b) => far(b) - far(a));
+  labels(pen, side, order.slice(0, MANY).map(i =>
+    ({text: cut(tokenName(i), 10), at: on(both[i][1] ?? both[i][0]), strong: i === now.token})), ends.map(({end}) => end));
   const nearest = (x, y) => {
     const far = ({end}) => Math.hypot(end[0] - x, end[1] - y);
     return ends.reduce((a, b) => far(b) < far(a) ? b : a).i;

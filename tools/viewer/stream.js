@@ -1,11 +1,12 @@
 // The residual stream: how large it is after each block, and what each block added to it.
 
-import {legend, rangeOf} from "./colors.js";
+import {legend} from "./colors.js";
 import {element, show} from "./dom.js";
 import {lookOf} from "./looks.js";
 import {layerOf, matricesOf, partOf} from "./model.js";
 import {bars, heat} from "./picture.js";
 import {read} from "./safetensors.js";
+import {chosenRange} from "./sheet.js";
 import {choose, infoOf, isDifference, isHere, layers, now, tokenName, values} from "./state.js";
 
 const KINDS = {
@@ -19,8 +20,8 @@ const APART = {apart: ["how far apart", "length of the difference of the two tra
 function blocks() {  // [words, the stream after it, what it added]
   const all = [["embedding", "tok_embeddings", ""]];
   for (let i = 0; i < layers(); i++) all.push(
-    [`${i} attention`, `layers.${i}.after_attention`, `layers.${i}.attention.out`],
-    [`${i} feed-forward`, `layers.${i}.out`, `layers.${i}.feed_forward.out`]);
+    [`layer ${i} attn`, `layers.${i}.after_attention`, `layers.${i}.attention.out`],
+    [`layer ${i} ffn`, `layers.${i}.out`, `layers.${i}.feed_forward.out`]);
   return all.filter(([, stream]) => isHere(stream));
 }
 
@@ -92,6 +93,7 @@ export const streamPicture = {
     const rows = await measured(still, words => { progress.textContent = `Reading ${words} …`; });
     if (!rows || !still()) return;
     const T = rows[0][Object.keys(kinds)[0]].length;
+    view.ranged = true;
     view.table = () => [["after", "position", "token", ...Object.keys(kinds)], ...rows.flatMap(row =>
       Array.from({length: T}, (_, t) => [row.words, t, tokenName(t), ...Object.keys(kinds).map(key => row[key][t])]))];
     function draw(key) {
@@ -99,7 +101,7 @@ export const streamPicture = {
       const kind = key in kinds ? key : Object.keys(kinds)[0], [, meaning] = kinds[kind];
       const some = ["size", "apart"].includes(kind) ? rows : rows.filter(row => !Number.isNaN(row.added[0]));
       const down = [...some].reverse(), data = Float64Array.from(down.flatMap(row => [...row[kind]]));
-      const most = rangeOf(data.filter((x, i) => T < 3 || i % T), kind === "turn");
+      const most = chosenRange(data.filter((x, i) => T < 3 || i % T), kind === "turn");
       const chosen = down.findIndex(({stream}) => stream === name
         || (layerOf(stream) === layerOf(name) && partOf(name) === (partOf(stream) === "out" ? "feed_forward.out" : "attention.out")));
       const map = heat(data, down.length, T, {range: most, rowName: i => down[i].words, colName: tokenName, mark: chosen,
