@@ -43,14 +43,14 @@ function dot(pen, [x, y], size, filled) {
 
 // Names beside their points, the first ones of the list before the others, and none above another.
 function labels(pen, side, named, points) {
-  const taken = points.length > 2 * MANY ? [] : points.map(([x, y]) => [x - 5, y, 10]);
+  const taken = points.length > 2 * MANY ? [] : points.map(([x, y]) => [x - 5, y, 10, 10]);
   for (const {text, at: [x, y], strong} of named) {
-    const wide = pen.measureText(text).width, high = 13;
-    const place = [[x + 7, y - 8], [x + 7, y + 8], [x - 7 - wide, y - 8], [x - 7 - wide, y + 8]].find(([u, v]) =>
+    const wide = pen.measureText(text).width;
+    const place = [[x + 8, y - 8], [x + 8, y + 8], [x - 8 - wide, y - 8], [x - 8 - wide, y + 8]].find(([u, v]) =>
       u > 1 && u + wide < side - 1 && v > 8 && v < side - 8
-      && taken.every(([a, b, w]) => u > a + w + 2 || u + wide + 2 < a || Math.abs(v - b) > high));
+      && taken.every(([a, b, w, h]) => u > a + w + 2 || u + wide + 2 < a || Math.abs(v - b) > h));
     if (!place) continue;
-    taken.push([...place, wide]);
+    taken.push([...place, wide, 13]);
     pen.fillStyle = css(strong ? "--ink" : "--faint");
     pen.fillText(text, ...place);
   }

@@ -1,7 +1,7 @@
 // The residual stream: how large it is after each block, and what each block added to it.
 
 import {legend} from "./colors.js";
-import {element, show} from "./dom.js";
+import {element, readout, show} from "./dom.js";
 import {lookOf} from "./looks.js";
 import {layerOf, matricesOf, partOf} from "./model.js";
 import {bars, heat} from "./picture.js";
@@ -98,6 +98,7 @@ export const streamPicture = {
       Array.from({length: T}, (_, t) => [row.words, t, tokenName(t), ...Object.keys(kinds).map(key => row[key][t])]))];
     function draw(key) {
       how.kind = key;
+      readout("");
       const kind = key in kinds ? key : Object.keys(kinds)[0], [, meaning] = kinds[kind];
       const some = ["size", "apart"].includes(kind) ? rows : rows.filter(row => !Number.isNaN(row.added[0]));
       const down = [...some].reverse(), data = Float64Array.from(down.flatMap(row => [...row[kind]]));

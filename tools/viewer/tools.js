@@ -10,7 +10,7 @@ const STEP = 1 << 18, MOST = 5_000_000;  // numbers that are read at once, and t
 
 function save(blob, ending) {
   const {name, head, side} = now, link = element("a", {href: URL.createObjectURL(blob)});
-  const parts = [name === LENS ? "logit_lens" : name, lookOf(name), head ? `head${head}` : "",
+  const parts = [name === LENS ? "logit_lens" : name, lookOf(name), head && !lookOf(name) ? `head${head}` : "",
     now.traces.length > 1 ? SIDES[side] : ""];
   link.download = `${parts.filter(Boolean).join(".").replace(/[^\w.-]/g, "_")}.${ending}`;
   link.click();
