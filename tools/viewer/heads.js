@@ -2,39 +2,45 @@
 
 import {$, element, show} from "./dom.js";
 import {layerOf, matricesOf, partOf} from "./model.js";
-import {CHANGED, KINDS, patternCanvas, patternsOf} from "./patterns.js";
+import {CHANGED, KINDS, patternsCanvas, patternsOf} from "./patterns.js";
 import {choose, infoOf, isDifference, isHere, now} from "./state.js";
 
+const GAP = 8;
 const AT_ONCE = 3;  // layers: while one is read another is looked at
 const kinds = () => isDifference() ? {difference: CHANGED} : KINDS;
-const shown = ({sort}, head) => Number.isNaN(head[sort]) ? "–" : head[sort].toFixed(2);
 
-function headButton({layer, head, name, found}, settings, size, signed) {
-  const text = settings.order === "layer" ? `${head}` : `${layer}.${head}`;
+// Where each stands: [one, x, y], and the layers' names. All pictures are in one canvas below the buttons.
+function placesOf(all, {order, sort}, width) {
+  const heads = all[0]?.found.heads ?? 1, left = order === "layer" ? 52 : 0;
+  const size = Math.max(36, Math.min(64, Math.floor((width - left) / Math.min(heads, 16)) - GAP));
+  const wide = size + GAP, high = size + GAP + 14, columns = Math.max(1, Math.floor((width - left) / wide));
+  const places = [], names = [], least = kinds()[sort][2];
+  const of = ({found}) => Number.isNaN(found[sort]) ? Infinity : least * found[sort];
+  const some = order === "layer" ? all : [...all].sort((a, b) => of(a) - of(b));
+  let top = 0, column = 0, layer = null;
+  for (const one of some) {
+    const next = order === "layer" && one.layer !== layer;
+    if (places.length && (next || column === columns)) {
+      top += high;
+      column = 0;
+    }
+    if (next) names.push([`layer ${one.layer}`, top]);
+    layer = one.layer;
+    places.push([one, left + column++ * wide, top]);
+  }
+  return {size, wide, high, places, names, height: top + high};
+}
+
+function headButton({layer, head, name, found}, {order, sort}, {wide, high}, x, y) {
   const words = Object.entries(kinds()).map(([key, [title]]) => `${title} ${show(found[key])}`).join(", ");
-  const button = element("button", {title: `layer ${layer}, head ${head}: ${words}`,
-    onclick: () => choose({name, head: now.row * found.heads + head, look: ""})},
-  patternCanvas(found, signed, size), `${text} `, element("small", {}, shown(settings, found)));
-  button.ariaLabel = button.title;
+  const number = Number.isNaN(found[sort]) ? "–" : found[sort].toFixed(2), chosen = name === now.name && head === now.head % found.heads;
+  const button = element("button", {onclick: () => choose({name, head: now.row * found.heads + head, look: ""})},
+    `${order === "layer" ? head : `${layer}.${head}`} `, element("small", {}, number));
+  button.ariaLabel = button.title = `layer ${layer}, head ${head}: ${words}`;
   Object.assign(button.dataset, {layer, head});
-  button.setAttribute("aria-current", name === now.name && head === now.head % found.heads);
+  button.setAttribute("aria-current", chosen);
+  button.style.cssText = `left:${x}px;top:${y}px;width:${wide - 2}px;height:${high - 2}px`;
   return button;
-}
-
-function sizeFor(width, heads) {
-  return Math.max(36, Math.min(72, Math.floor((width - 60) / Math.min(heads, 16)) - 12));
-}
-
-function byLayer(all, draw) {
-  const rows = new Map();
-  for (const one of all) rows.set(one.layer, [...rows.get(one.layer) ?? [], draw(one)]);
-  return [...rows].map(([layer, buttons]) =>
-    element("div", {className: "row", role: "group", ariaLabel: `layer ${layer}`},
-      element("b", {}, `layer ${layer}`), ...buttons));
-}
-function sorted(all, {sort}, draw) {
-  const least = kinds()[sort][2], of = ({found}) => Number.isNaN(found[sort]) ? Infinity : least * found[sort];
-  return [element("div", {className: "row"}, ...[...all].sort((a, b) => of(a) - of(b)).map(draw))];
 }
 
 function chooser(label, pairs, chosen, change) {
@@ -69,9 +75,16 @@ export const headsPicture = {
         + (none ? "No token of this prompt comes twice. " : "")
         + (settings.order === "sorted" ? `The ${least > 0 ? "least" : "most"} first, layer.head. ` : "")
         + "Each head in its own colours; a click opens it.";
-      const size = sizeFor(picture.clientWidth, all[0]?.found.heads ?? 1);
-      const draw = one => headButton(one, settings, size, signed);
-      place.replaceChildren(...settings.order === "sorted" ? sorted(all, settings, draw) : byLayer(all, draw));
+      const grid = placesOf(all, settings, picture.clientWidth - 4), {size, places, names, height} = grid;
+      const drawn = patternsCanvas(places.map(([{found}, x, y]) => [found, x + GAP / 2 - 1, y + 3]), signed, size,
+        picture.clientWidth - 4, height);
+      const layerNames = names.map(([text, top]) => {
+        const name = element("b", {}, text);
+        name.style.top = `${top + size / 2 - 6}px`;
+        return name;
+      });
+      place.style.height = `${height}px`;
+      place.replaceChildren(drawn, ...layerNames, ...places.map(([one, x, y]) => headButton(one, settings, grid, x, y)));
     }
     $("thumbs").replaceChildren();  // they are among these
     picture.replaceChildren(controls, words, progress, place);

@@ -105,3 +105,27 @@ export function patternCanvas({R, C, pixels, most}, signed, size) {
   Object.assign(canvas.style, {width: `${size}px`, height: `${size}px`});
   return canvas;
 }
+
+// Many of them in one canvas: a canvas each would take longer than to read them. places: [pattern, x, y].
+export function patternsCanvas(places, signed, size, width, height) {
+  const scale = Math.min(2, Math.max(1, Math.round(devicePixelRatio))), side = size * scale;
+  const canvas = element("canvas", {width: width * scale, height: height * scale}), pen = canvas.getContext("2d");
+  const image = new ImageData(side, side), bytes = new Uint32Array(image.data.buffer), most = new Float32Array(side * side);
+  for (const [found, x, y] of places) {
+    const toColour = paletteOf({signed, most: found.most || 1}), {R, C, pixels} = found;
+    const [up, across] = [Math.max(1, R / side), Math.max(1, C / side)];
+    for (let v = 0; v < side; v++) for (let u = 0; u < side; u++) {  // the farthest from zero of those that fall here
+      const i = Math.floor(v * R / side), j = Math.floor(u * C / side);
+      let best = pixels[i * C + j];
+      for (let k = i; k < Math.min(R, i + up); k++) for (let l = j; l < Math.min(C, j + across); l++) {
+        const at = pixels[k * C + l];
+        if (best === -Infinity || Math.abs(at) > Math.abs(best)) best = at === -Infinity ? best : at;
+      }
+      most[v * side + u] = best;
+    }
+    for (let i = 0; i < most.length; i++) bytes[i] = toColour(most[i]);
+    pen.putImageData(image, Math.round(x * scale), Math.round(y * scale));
+  }
+  Object.assign(canvas.style, {width: `${width}px`, height: `${height}px`});
+  return canvas;
+}

@@ -10,7 +10,7 @@ const STEP = 1 << 18, MOST = 5_000_000;  // numbers that are read at once, and t
 
 function save(blob, ending) {
   const {name, head, side} = now, link = element("a", {href: URL.createObjectURL(blob)});
-  const parts = [name === LENS ? "logit_lens" : name, lookOf(name), head && !lookOf(name) ? `head${head}` : "",
+  const parts = [name === LENS ? "logit_lens" : name, lookOf(name), head && name !== LENS && !lookOf(name) ? `head${head}` : "",
     now.traces.length > 1 ? SIDES[side] : ""];
   link.download = `${parts.filter(Boolean).join(".").replace(/[^\w.-]/g, "_")}.${ending}`;
   link.click();
@@ -99,8 +99,15 @@ function drawLines(svg, pen, {x, y}) {
   }
 }
 
-async function savePicture({name, shape, layout}) {
-  const root = $("picture"), frame = root.getBoundingClientRect(), scale = Math.max(2, devicePixelRatio || 1), top = 26;
+function savePicture(view) {
+  const root = $("picture");
+  root.classList.add("whole");  // nothing scrolled out of sight, and no controls
+  try { drawn(root, view).toBlob(blob => save(blob, "png"), "image/png"); } catch (problem) { say(problem); }
+  root.classList.remove("whole");
+}
+
+function drawn(root, {name, shape, layout}) {
+  const frame = root.getBoundingClientRect(), scale = Math.max(2, devicePixelRatio || 1), top = 26;
   const width = Math.max(frame.width, ...[...root.querySelectorAll("canvas, table")].map(one => one.getBoundingClientRect().width));
   const canvas = element("canvas", {width: (width + 16) * scale, height: (root.scrollHeight + top + 12) * scale});
   const pen = canvas.getContext("2d");
@@ -109,7 +116,7 @@ async function savePicture({name, shape, layout}) {
   pen.fillRect(0, 0, canvas.width, canvas.height);
   pen.fillStyle = css("--ink");
   pen.font = "600 14px system-ui, sans-serif";
-  const which = layout.n > 1 ? `, ${matrixName(name, shape, now.head)}` : "";
+  const which = layout.n > 1 && !lookOf(name) ? `, ${matrixName(name, shape, now.head)}` : "";
   pen.fillText(`${name}${which}  (${isDifference() ? "first − second" : current().name})`, 8, 18);
   pen.translate(8 - frame.x, top - frame.y);
   for (const one of root.querySelectorAll("*")) {
@@ -127,7 +134,7 @@ async function savePicture({name, shape, layout}) {
     pen.textBaseline = "middle";
     pen.fillText(word, box.x, box.y + box.height / 2);
   });
-  canvas.toBlob(blob => save(blob, "png"), "image/png");
+  return canvas;
 }
 
 // ---------------------------------------- what stands on the page
