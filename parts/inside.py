@@ -172,10 +172,10 @@ def side_by_side(x: Tensor) -> Tensor:
 def likeliest(logits: Tensor, chosen: Tensor | None, top: int) -> dict[str, Tensor]:
     """Of logits (B T V): the likeliest ids and their probs (B T top), the entropy in bits, and the rank
     of the tokens `chosen` (B T; 0: the likeliest)."""
+    if chosen is None:
+        chosen = logits.argmax(-1)
     found = []
-    for part, asked in zip(
-        logits.split(64, 1), (chosen if chosen is not None else logits.argmax(-1)).split(64, 1)
-    ):
+    for part, asked in zip(logits.split(64, 1), chosen.split(64, 1)):  # copies of a few at a time
         probs = part.softmax(-1)
         best = probs.topk(min(top, probs.shape[-1]))
         entropy = torch.special.entr(probs).sum(-1) / math.log(2)
@@ -185,23 +185,42 @@ def likeliest(logits: Tensor, chosen: Tensor | None, top: int) -> dict[str, Tens
     return {name: torch.cat(parts, 1).cpu() for name, parts in zip(names, zip(*found))}
 
 
+def read_out(x: Tensor, weights: llama.Weights, params: llama.Params) -> Tensor:
+    """The logits (B T V) of a residual stream x (B T D), through the final norm and the head."""
+    h = llama.rms_norm(
+        x.to(weights["norm.weight"].device), weights["norm.weight"], params["norm_eps"]
+    )
+    return side_by_side(llama.project(h, weights["output.weight"]).float())
+
+
 def logit_lens(
     trace: dict[str, Tensor], weights: llama.Weights, params: llama.Params, top: int = 10
-) -> dict[str, Tensor]:
-    """What would the model predict, were it to end after a layer, or after a layer's attention?
+) -> tuple[Tensor, Tensor]:
+    """What would each layer's output predict, were it the last? Token ids and probabilities (L B T top).
 
-    "lens.ids" and ".probs" (L B T top) of the likeliest tokens, "lens.entropy" (L B T) in bits, and
-    "lens.rank" of the token that the whole model finds likeliest; "lens.attention.ids" … after attention.
     It goes through the final norm and the head, as the last layer's does. Source: nostalgebraist,
-    "interpreting GPT: the logit lens", 2020. Then what attribution says.
+    "interpreting GPT: the logit lens", 2020.
+    """
+    outs = [trace[f"layers.{i}.out"] for i in range(params["n_layers"])]
+    layers = [likeliest(read_out(x, weights, params), None, top) for x in outs]
+    return torch.stack([one["ids"] for one in layers]), torch.stack(
+        [one["probs"] for one in layers]
+    )
+
+
+def beside_the_pass(
+    trace: dict[str, Tensor], weights: llama.Weights, params: llama.Params, top: int = 10
+) -> dict[str, Tensor]:
+    """What a trace says beside the pass: the logit lens, and what attribution says.
+
+    "lens.ids" and ".probs" as logit_lens gives them, "lens.entropy" (L B T) in bits, and "lens.rank" of the
+    token that the whole model finds likeliest; "lens.attention.ids" … the same after a layer's attention.
     """
     lens: dict[str, list[Tensor]] = {}
     chosen = None
     for i in reversed(range(params["n_layers"])):  # the last one says which token is chosen
         for kind, name in (("lens", "out"), ("lens.attention", "after_attention")):
-            x = trace[f"layers.{i}.{name}"].to(weights["norm.weight"].device)
-            h = llama.rms_norm(x, weights["norm.weight"], params["norm_eps"])
-            logits = side_by_side(llama.project(h, weights["output.weight"]).float())
+            logits = read_out(trace[f"layers.{i}.{name}"], weights, params)
             if chosen is None:
                 chosen = logits.argmax(-1)
             for what, tensor in likeliest(logits, chosen, top).items():
@@ -279,13 +298,13 @@ def traced(tokens: Tensor, model: llama.Model) -> dict[str, Tensor]:
 
         probe = parallel.gathering(probe, params)
     check_finite(llama.forward(tokens, weights, params, probe=probe), weights)
-    return trace | logit_lens(trace, weights, params)
+    return trace | beside_the_pass(trace, weights, params)
 
 
 def save_trace(path: str, tokens: Tensor, model: llama.Model, about: dict[str, str]) -> None:
     """Writes every tensor of one pass over tokens (B T), without a cache, to a .safetensors file.
 
-    Beside them what logit_lens says. about: strings for the metadata; params, dtype and
+    Beside them what beside_the_pass says. about: strings for the metadata; params, dtype and
     the texts of all tokens that tools/viewer.html names are added.
     """
     if processes()[0] > 0:  # process 0 writes

@@ -14,7 +14,7 @@ from test_viewer import VIEWER, browser, metadata, number, pytestmark, sweep, th
 import llama3_from_scratch as llama
 
 __all__ = ["browser", "pytestmark"]  # fixtures and marks that pytest finds here
-PROMPT = "Once upon a time a llama met a llama"
+PROMPT = "Once upon a time a llama met a a llama"
 
 
 @pytest.fixture(scope="module")

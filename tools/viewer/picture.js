@@ -56,7 +56,7 @@ function heatLayout(rows, cols, {square, rowName, colName, spare = 0}, bin) {
   const width = Math.max(240, $("picture").clientWidth - 4), left = rowName ? 96 : 8;
   const most = square ? Math.min(width - left, innerHeight - 420) : width - left;
   const names = colName && cols * 12 <= most, top = names ? 84 : 18;
-  const room = Math.max(spare ? 220 : 300, innerHeight - 340 - top - spare);  // so that the heads below stay in sight
+  const room = Math.max(spare ? 200 : 300, innerHeight - (spare ? 364 : 340) - top - spare);  // so that the heads below stay in sight
   const bins = bin(700, Math.floor(width - left));
   const across = (width - left) / bins.C, down = room / bins.R;
   const cellX = square ? Math.min(30, across, down) : Math.min(60, across);
