@@ -742,7 +742,11 @@ def run(args):
         "tokens": odd,
         "positions": cut or f"{tokens.shape[1]} positions are compared",
         "called": {ours: name for ours, name in called.items() if ours != name},
-        "ignored": [name for name in theirs if name not in trace and not name.startswith("lens.")],
+        "ignored": [
+            name
+            for name in theirs
+            if name not in trace and not name.startswith(("lens.", "attribution."))
+        ],
     }
     if args.json:
         print(json.dumps(found, indent=1))

@@ -2,15 +2,21 @@
 
 import {attentionPicture} from "./attention.js";
 import {cellPanel} from "./cell.js";
+import {contributionsPanel} from "./contributions.js";
 import {$, element, readout, say} from "./dom.js";
 import {lensPicture} from "./lens.js";
 import {dimsElement, dimsWithSizes} from "./letters.js";
+import {linePanel} from "./line.js";
 import {logitsPicture} from "./logits.js";
+import {lookButtons} from "./looks.js";
 import {meaningPanel} from "./meaning.js";
 import {LENS, inLayer, isPaired, layerOf, matricesOf, matrixName} from "./model.js";
 import {ropePicture} from "./rope.js";
 import {choose, chooseLayer, current, infoOf, isDifference, isHere, layers, now, watchChoice} from "./state.js";
+import {streamPicture} from "./stream.js";
 import {matrixPicture, tokensPicture} from "./tensor.js";
+import {toolsOf} from "./tools.js";
+import {meetingPanel, speedPanel} from "./turning.js";
 import {unitsPicture} from "./units.js";
 
 // The first that fits is drawn: {fits(view), async draw(view)}. A view: name, info, shape, layout (of
@@ -22,12 +28,17 @@ const PICTURES = [
   unitsPicture,
   logitsPicture,
   attentionPicture,
+  streamPicture,
   matrixPicture,
 ];
 // All that fit are drawn, each into an element of its own: {title, fits(view), async draw(view, element)}.
 const PANELS = [
   cellPanel,
   meaningPanel,
+  meetingPanel,
+  speedPanel,
+  contributionsPanel,
+  linePanel,
 ];
 
 const SOON = 500;  // milliseconds, before somebody has scrolled
@@ -59,7 +70,7 @@ function controls(view) {
     now.pair = Math.min(now.pair, pairs - 1);
     parts.push(stepper("pair", now.pair, pairs, pair => choose({pair})));
   }
-  $("controls").replaceChildren(...parts);
+  $("controls").replaceChildren(...parts, ...lookButtons(name));
 }
 
 function missing({name, info}) {  // why there is no picture; "": there is one
@@ -89,6 +100,11 @@ function showCell(change) {
   if (now.cell && "cell" in change) $("panels").firstChild?.scrollIntoView({block: "nearest"});
 }
 
+async function drawPicture(picture, view) {
+  await picture.draw(view);
+  if (view.still()) $("controls").append(toolsOf(view));
+}
+
 async function draw(change, still) {
   const view = viewOf(still);
   readout("");
@@ -100,7 +116,7 @@ async function draw(change, still) {
     return view.picture.replaceChildren(why);
   }
   const picture = PICTURES.find(one => one.fits(view)), begun = performance.now();
-  await Promise.all([picture.draw(view), drawPanels(view, change)]);  // heads' pictures may take a while
+  await Promise.all([drawPicture(picture, view), drawPanels(view, change)]);  // heads' pictures may take a while
   if (still() && performance.now() - begun < SOON) showCell(change);  // the picture may have moved it
 }
 

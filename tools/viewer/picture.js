@@ -1,6 +1,6 @@
 // What pictures are made of: canvases, heat maps, bars, thumbnails.
 
-import {colour, rgb} from "./colors.js";
+import {paletteOf, rgb} from "./colors.js";
 import {$, css, cut, element, readout} from "./dom.js";
 
 export function canvasOf(width, height) {  // and its pen, in pixels of the page
@@ -44,8 +44,9 @@ export function binned(data, rows, cols, mostRows, mostCols) {
 
 export function image(data, {R, C, pick}, range) {  // a pixel a number
   const canvas = element("canvas", {width: C, height: R}), pen = canvas.getContext("2d");
-  const pixels = pen.createImageData(C, R);
-  pick.forEach((at, i) => pixels.data.set([...colour(data[at], range), 255], 4 * i));
+  const pixels = pen.createImageData(C, R), bytes = new Uint32Array(pixels.data.buffer);
+  const toColour = paletteOf(range);
+  pick.forEach((at, i) => { bytes[i] = toColour(data[at]); });
   pen.putImageData(pixels, 0, 0);
   return canvas;
 }
@@ -57,12 +58,12 @@ export function small(data, rows, cols, range, width, height = width) {  // a th
   return canvas;
 }
 
-function heatLayout(rows, cols, {square, rowName, colName}, bin) {
+function heatLayout(rows, cols, {square, rowName, colName, spare = 0}, bin) {
   const width = Math.max(240, $("picture").clientWidth - 4), left = rowName ? 96 : 8;
   const most = square ? Math.min(width - left, innerHeight - 420) : width - left;
   const names = colName && cols * 12 <= most, top = names ? 84 : 18;
-  const above = Math.min($("picture").offsetTop, innerHeight / 2) + 160;
-  const room = Math.max(240, innerHeight - above - top);  // so that the heads below stay in sight
+  const above = Math.min($("picture").offsetTop, innerHeight / 2) + spare + 160;
+  const room = Math.max(spare ? 200 : 240, innerHeight - above - top);  // so that the heads below stay in sight
   const bins = bin(700, Math.floor(width - left));
   const across = (width - left) / bins.C, down = room / bins.R;
   const cellX = square ? Math.min(44, across, down) : Math.min(60, across);
@@ -77,11 +78,11 @@ function rowNames(pen, rows, rowName, {left, top, eachY}) {
   for (let i = 0; i < rows; i += every) pen.fillText(cut(rowName(i)), left - 5, top + (i + .5) * eachY);
   pen.textAlign = "left";
 }
-function colNames(pen, cols, colName, {left, top, names, eachX, wide}) {
+function colNames(pen, cols, colName, first, {left, top, names, eachX, wide}) {
   if (!names) {
-    pen.fillText("0", left, 8);
+    pen.fillText(`${first}`, left, 8);
     pen.textAlign = "right";
-    pen.fillText(`${cols - 1}`, left + wide, 8);
+    pen.fillText(`${first + cols - 1}`, left + wide, 8);
     return;
   }
   for (let j = 0; j < cols; j++) {
@@ -105,7 +106,7 @@ export function heat(data, rows, cols, {range, words, mark, cell, pick, ...how})
   pen.strokeRect(left - .5, top - .5, wide + 1, high + 1);
   pen.fillStyle = css("--faint");
   if (how.rowName) rowNames(pen, rows, how.rowName, layout);
-  colNames(pen, cols, how.colName, layout);
+  colNames(pen, cols, how.colName, how.firstColumn ?? 0, layout);
   if (mark >= 0 && mark < rows) {
     pen.strokeStyle = css("--mark");
     pen.strokeRect(left - 1, top + mark * eachY - .5, wide + 2, Math.max(2, eachY) + 1);
@@ -116,6 +117,12 @@ export function heat(data, rows, cols, {range, words, mark, cell, pick, ...how})
     pen.strokeRect(left + cell[1] * layout.eachX - 1, top + cell[0] * eachY - 1,
       Math.max(4, layout.eachX) + 2, Math.max(4, eachY) + 2);
   }
+  canvas.cellAt = (x, y, nearest) => {  // row and column there; null beside the map
+    const zoom = parseFloat(canvas.style.width) / canvas.clientWidth;
+    const cell = [Math.floor((y * zoom - top) / eachY), Math.floor((x * zoom - left) / layout.eachX)];
+    const inside = [rows, cols].map((n, k) => Math.max(0, Math.min(n - 1, cell[k])));
+    return nearest || `${inside}` === `${cell}` ? inside : null;
+  };
   let pointed = -1;
   pointAt(canvas, (x, y) => {
     const i = Math.floor((y - top) / cellY), j = Math.floor((x - left) / cellX);

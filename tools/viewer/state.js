@@ -15,6 +15,10 @@ export const now = {
   cell: null,  // or [row, column] in the chosen matrix: the number whose making is shown
   row: 0,  // of the batch
   side: 0,  // trace 0, 1, or 2: their difference
+  look: "",  // what is shown of it, of looksOf(name)
+  overlay: [],  // heads that are lit together with others in the text; none: the chosen one alone
+  zoom: null,  // the part of matrices of one shape that is shown: {of, top, left, rows, cols}
+  reach: "",  // how far the colours reach, as reachOf() reads it
 };
 export const SIDES = ["a", "b", "difference"];
 
@@ -58,6 +62,7 @@ export function choose(change, how = {}) {
   Object.assign(now, change);
   if ("head" in change) now.wanted = now.head;
   if (!("cell" in change) && part !== partOf(now.name)) now.cell = null;
+  if ("head" in change && !("overlay" in change)) now.overlay = [];
   settle();
   if ("cell" in change || "token" in change) settleCell(!("cell" in change));
   if (now.cell && "cell" in change && !("token" in change)) Object.assign(now, cellChoice(...now.cell));
@@ -69,6 +74,7 @@ function settle() {  // what is chosen must be there
   if (info) {
     const {n, heads} = matricesOf(now.name, info.shape);
     now.head = Math.min(now.wanted, n - 1);
+    now.overlay = now.overlay.filter(head => head < n);
     if (dimsOf(now.name)) now.row = Math.floor(now.head / heads);
   }
   now.row = Math.min(now.row, current().rows.length - 1);

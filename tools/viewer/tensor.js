@@ -3,7 +3,8 @@
 import {legend, rangeOf} from "./colors.js";
 import {$, element, show} from "./dom.js";
 import {columnName, dimsOf, isAttention, matrixName} from "./model.js";
-import {heat, small, thumbnails} from "./picture.js";
+import {small, thumbnails} from "./picture.js";
+import {chosenRange, sheet} from "./sheet.js";
 import {choose, now, pickCell, quoted, tokenIds, tokenName, values} from "./state.js";
 
 const MOST_THUMB_ROWS = 96, THUMB = 68, MOST_TOKENS = 5000;
@@ -31,13 +32,13 @@ export const matrixPicture = {
   fits: () => true,
   async draw(view) {
     const {name, layout, picture, still} = view, {rows, cols, size} = layout;
-    const data = await values(name, now.head * size, size), range = rangeOf(data, true);
+    const data = await values(name, now.head * size, size), range = chosenRange(data, true);
     if (!still()) return;
     const skipped = Math.max(0, tokenIds().length - rows);  // of norm, some ports keep the last position only
     const place = i => dimsOf(name) && !isAttention(name) ? tokenName(i + skipped) : `${i}`;
     const words = (i, j, x) => `${place(i)}, ${columnName(name)} ${j}: ${show(x)}`;
     picture.replaceChildren(
-      heat(data, rows, cols, {range, rowName: place, words, mark: now.token - skipped,
+      sheet(view, data, rows, cols, {range, rowName: place, words, mark: now.token - skipped,
         cell: now.cell, pick: pickCell}), legend(range));
     if (layout.n > 1) await headThumbnails(view, range);
   },
