@@ -1,14 +1,17 @@
 // What is shown of the chosen tensor: one picture, and below it every panel that has something to say.
 
 import {attentionPicture} from "./attention.js";
+import {lastPanel} from "./beside.js";
 import {$, element, readout, say} from "./dom.js";
+import {howRead} from "./layouts.js";
 import {lensPicture} from "./lens.js";
 import {logitsPicture} from "./logits.js";
 import {LENS, dimsOf, inLayer, isPaired, layerOf, matricesOf, matrixName} from "./model.js";
 import {ropePicture} from "./rope.js";
-import {choose, chooseLayer, current, infoOf, isDifference, isHere, layers, now, watchChoice} from "./state.js";
+import {choose, chooseLayer, current, groupSize, infoOf, isDifference, isHere, layers, now, watchChoice} from "./state.js";
 import {matrixPicture, tokensPicture} from "./tensor.js";
 import {unitsPicture} from "./units.js";
+import {wherePanel} from "./where.js";
 
 // The first that fits is drawn: {fits(view), async draw(view)}. A view: name, info, shape, layout (of
 // matricesOf), picture (the element to fill), still() (false once something else has been chosen).
@@ -22,7 +25,10 @@ const PICTURES = [
   matrixPicture,
 ];
 // All that fit are drawn, each into an element of its own: {title, fits(view), async draw(view, element)}.
+// always: also where there is no picture.
 const PANELS = [
+  wherePanel,
+  lastPanel,
 ];
 
 function viewOf(still) {
@@ -42,31 +48,53 @@ function headStepper({name, shape, layout: {n, heads}}) {
   return stepper(what, now.head, n, head => choose({head}));
 }
 
+function groupText({name, layout: {heads}}) {  // which query heads share which keys and values; "" where each has its own
+  const G = groupSize(), letter = dimsOf(name).split(" ")[1], head = now.head % heads;
+  if (G === 1 || !inLayer(name) || !"HK".includes(letter ?? "-")) return "";
+  const group = letter === "H" ? Math.floor(head / G) : head;
+  if (letter === "K") return `group ${group}: q heads ${group * G} to ${group * G + G - 1}, G = ${G}`;
+  return `q head ${head}, of group ${group}: k head ${group}, G = ${G}`;
+}
+
 function controls(view) {
   const {name, info, shape, layout} = view, parts = [element("h2", {}, name)];
   if (info) parts.push(element("span", {}, `${dimsOf(name)}   ${shape.join(" × ")}   ${info.dtype}`));
   if (inLayer(name)) parts.push(stepper("layer", layerOf(name), layers(), chooseLayer));
   if (layout.n > 1) parts.push(headStepper(view));
+  const group = groupText(view);
+  if (group) parts.push(element("span", {id: "group"}, group));
   if (isPaired(name, shape)) {
     const pairs = shape.at(-1) / 2;
     now.pair = Math.min(now.pair, pairs - 1);
     parts.push(stepper("pair", now.pair, pairs, pair => choose({pair})));
   }
-  $("controls").replaceChildren(...parts);
+  $("controls").replaceChildren(...parts, element("span", {id: "read"}));
 }
 
+function tellRead({name, info}) {  // what reading it has shown too: a mask of large numbers
+  const infos = isDifference() ? now.both.tensors.get(name) ?? [] : [info];
+  const words = infos.map((one, side) => [now.traces[infos.length > 1 ? side : now.side], one && howRead(name, one)])
+    .filter(([, text]) => text).map(([trace, text]) => now.traces.length > 1 ? `${trace.name}: ${text}` : text);
+  $("read").textContent = words.join("; ");
+}
+
+const WHY = {
+  "only in one": "one has no such tensor", "other shape": "one has another shape",
+  "no token in common": "the prompts have no beginning in common",
+  "of other positions": "one has the last position only, and the prompts are not the same",
+};
 function missing({name, info}) {  // why there is no picture; "": there is one
   if (name === LENS) return "";
   if (!info.count) return "It is empty.";
   if (isHere(name)) return "";
-  return isDifference() ? "There is no difference to show: one has no such tensor, or one of another shape."
+  return isDifference() ? `There is no difference to show: ${WHY[now.both.why.get(name)] ?? now.both.why.get(name)}.`
     : `${current().name} has no such tensor.`;
 }
 
-async function drawPanels(view) {
+async function drawPanels(view, alone) {
   $("panels").replaceChildren();
   for (const panel of PANELS) {
-    if (!panel.fits(view)) continue;
+    if (!panel.fits(view) || (alone && !panel.always)) continue;
     const place = element("div", {}, element("h3", {}, panel.title)), inside = element("div");
     place.append(inside);
     await panel.draw(view, inside);
@@ -75,22 +103,29 @@ async function drawPanels(view) {
   }
 }
 
-async function draw(change, still) {
+function clearThumbnails() {  // those of another tensor, where this one has none
+  $("thumbs").replaceChildren();
+  $("thumbs").dataset.of = "";
+}
+
+async function draw(still) {
   const view = viewOf(still);
   readout("");
-  if (!("head" in change || "pair" in change)) $("thumbs").replaceChildren();
   controls(view);
   $("panels").replaceChildren();
   const why = missing(view);
-  if (why) return view.picture.replaceChildren(why);
-  await PICTURES.find(picture => picture.fits(view)).draw(view);
-  if (still()) await drawPanels(view);
+  if (why) view.picture.replaceChildren(why);
+  else await PICTURES.find(picture => picture.fits(view)).draw(view);
+  if (!still()) return;
+  tellRead(view);
+  if ($("thumbs").dataset.name !== `${now.name} ${now.side}`) clearThumbnails();
+  await drawPanels(view, why !== "");
 }
 
 export function followInPanels() {
   watchChoice(async (change, still) => {
     $("picture").ariaBusy = true;
-    try { await draw(change, still); } catch (problem) { if (still()) say(problem); }
+    try { await draw(still); } catch (problem) { if (still()) say(problem); }
     if (still()) $("picture").ariaBusy = false;
   });
 }

@@ -1,7 +1,10 @@
 // What pictures are made of: canvases, heat maps, bars, thumbnails.
 
 import {colour, rgb} from "./colors.js";
-import {$, css, cut, element, readout} from "./dom.js";
+import {$, css, cut, element, readout, show} from "./dom.js";
+import {matricesOf, matrixName} from "./model.js";
+import {current, infoOf, isDifference, now} from "./state.js";
+import {walkable} from "./walking.js";
 
 export function canvasOf(width, height) {  // and its pen, in pixels of the page
   const scale = devicePixelRatio || 1;
@@ -86,8 +89,16 @@ function colNames(pen, cols, colName, {left, top, names, eachX, wide}) {
   }
 }
 
-// A heat map of rows × cols numbers. words(row, col, x) says what a cell is; mark: the row that is chosen.
-export function heat(data, rows, cols, {range, words, mark, ...how}) {
+// What a picture of the chosen tensor shows, in words.
+export function nameOfPicture(what = "") {
+  const {shape} = infoOf(now.name) ?? {shape: []}, {n} = matricesOf(now.name, shape);
+  const side = now.traces.length < 2 ? "" : isDifference() ? ", difference" : `, ${current().name}`;
+  return `${now.name}${n > 1 ? `, ${matrixName(now.name, shape, now.head)}` : ""}${side}${what ? `: ${what}` : ""}`;
+}
+
+// A heat map of rows × cols numbers. words(row, col, x) says what a cell is; mark: the row that is chosen;
+// label: what the picture shows; pick(row, col), if there is one, chooses a cell.
+export function heat(data, rows, cols, {range, words, mark, label, pick, ...how}) {
   const layout = heatLayout(rows, cols, how, (...most) => binned(data, rows, cols, ...most));
   const {bins, left, top, cellX, cellY, wide, high, eachY} = layout;
   const [canvas, pen] = canvasOf(Math.ceil(left + wide), Math.ceil(top + high) + 2);
@@ -102,12 +113,19 @@ export function heat(data, rows, cols, {range, words, mark, ...how}) {
     pen.strokeStyle = css("--mark");
     pen.strokeRect(left - 1, top + mark * eachY - .5, wide + 2, Math.max(2, eachY) + 1);
   }
+  let pointed = null;
   pointAt(canvas, (x, y) => {
     const i = Math.floor((y - top) / cellY), j = Math.floor((x - left) / cellX);
     if (i < 0 || j < 0 || i >= bins.R || j >= bins.C) return;
     const at = bins.pick[i * bins.C + j];
-    readout(words(Math.floor(at / cols), at % cols, data[at]));
+    pointed = [Math.floor(at / cols), at % cols];
+    readout(words(...pointed, data[at]));
   });
+  const size = `${range.signed ? "±" : "0 … "}${show(range.most)}`;
+  walkable(canvas, {label: label ?? nameOfPicture(`${rows} rows × ${cols} columns of numbers, ${size}`), rows, cols, pick,
+    boxOf: (i, j) => [left + j * layout.eachX, top + i * eachY, layout.eachX, eachY],
+    tell: (i, j) => words(i, j, data[i * cols + j])});
+  if (pick) canvas.addEventListener("click", () => { if (pointed) pick(...pointed); });
   return canvas;
 }
 
@@ -123,15 +141,34 @@ export function bars(rows) {  // a table of [name, size, text]
   return element("div", {className: "wide"}, table);
 }
 
-// n small pictures to choose from, one after the other: draw(i) gives a canvas, pick(i) chooses.
-export async function thumbnails({n, chosen, label, draw, pick, still}) {
-  $("thumbs").replaceChildren();
-  for (let i = 0; i < n && i < 256; i++) {
+// n small pictures to choose from, one after the other: draw(i) gives a canvas, pick(i) chooses. Those of before
+// stay until there is a new one in their place. of: what they are of; if it is the same, none is drawn again.
+const MOST_THUMBS = 256;
+export async function thumbnails({n, chosen, label, draw, pick, still, of = ""}) {
+  const place = $("thumbs"), count = Math.min(n, MOST_THUMBS), same = of !== "" && place.dataset.of === of;
+  place.dataset.name = `${now.name} ${now.side}`;
+  const mark = () => [...place.children].forEach((button, i) => button.setAttribute("aria-pressed", i === chosen));
+  mark();
+  if (same && place.children.length === count) {
+    [...place.children].forEach((button, i) => { button.onclick = () => pick(i); });
+    return;
+  }
+  place.dataset.of = "";
+  let breath = performance.now();
+  for (let i = 0; i < count; i++) {
     const canvas = await draw(i);
     if (!still()) return;
-    const button = element("button", {ariaLabel: label(i), title: label(i)}, canvas, `${i}`);
+    canvas.ariaHidden = true;  // the button says what it is
+    const button = place.children[i] ?? element("button");
+    button.replaceChildren(canvas, `${i}`);
+    Object.assign(button, {ariaLabel: label(i), title: label(i), onclick: () => pick(i)});
+    if (!button.isConnected) place.append(button);
     button.setAttribute("aria-pressed", i === chosen);
-    button.onclick = () => pick(i);
-    $("thumbs").append(button);
+    if (performance.now() - breath < 30) continue;
+    await new Promise(done => setTimeout(done));
+    if (!still()) return;
+    breath = performance.now();
   }
+  while (place.children.length > count) place.lastChild.remove();
+  place.dataset.of = of;
 }

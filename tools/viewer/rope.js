@@ -3,8 +3,10 @@
 import {dark} from "./colors.js";
 import {$, css, cut, element, readout, show} from "./dom.js";
 import {isPaired, matrixName} from "./model.js";
-import {canvasOf, pointAt, thumbnails} from "./picture.js";
-import {choose, infoOf, isHere, now, tokenName, values} from "./state.js";
+import {canvasOf, nameOfPicture, pointAt, thumbnails} from "./picture.js";
+import {read} from "./safetensors.js";
+import {choose, infoOf, isDifference, isHere, now, tokenName, values} from "./state.js";
+import {walkable} from "./walking.js";
 
 const MOST_NAMED = 24, THUMB = 58;
 const angle = ([x, y]) => Math.atan2(y, x);
@@ -67,6 +69,11 @@ function circle({before, after, rows, cols, pair, side, large}) {
     const {i} = ends.reduce((a, b) => far(b) < far(a) ? b : a);
     readout(wordsOf(i, ...both[i]));
   });
+  if (large) walkable(canvas, {label: nameOfPicture(`pair ${pair}, a point for each token`), rows, cols: 1,
+    tell: i => wordsOf(i, ...both[i]), boxOf: i => {
+      const {end: [x, y]} = ends.findLast(one => one.i === i);
+      return [x - 6, y - 6, 12, 12];
+    }});
   return canvas;
 }
 
@@ -74,6 +81,7 @@ function wordsOf(i, from, to) {
   const text = point => `(${point.map(show).join(", ")})`;
   const words = `${tokenName(i)} at ${i}: ${text(from ?? to)}`;
   if (!from || !to) return words;
+  if (isDifference()) return `${words} against ${text(to)}, ${show(Math.hypot(to[0] - from[0], to[1] - from[1]))} apart`;
   const turned = (angle(to) - angle(from) + 4 * Math.PI) % (2 * Math.PI) * 180 / Math.PI;
   return `${words} turned by ${turned.toFixed(1)}° to ${text(to)}`;
 }
@@ -84,14 +92,17 @@ export const ropePicture = {
     const {rows, cols, size} = layout, count = cols / 2;
     now.pair = Math.min(now.pair, count - 1);
     const plain = name.replace("_rotated", "");
-    const [before, after] = await Promise.all([plain, `${plain}_rotated`].map(key =>
-      isHere(key) && `${infoOf(key).shape}` === `${shape}` ? values(key, now.head * size, size) : null));
+    const [before, after] = await Promise.all(isDifference()
+      ? now.both.tensors.get(name).map((info, side) => read(now.traces[side], info, now.head * size, size))
+      : [plain, `${plain}_rotated`].map(key =>
+        isHere(key) && `${infoOf(key).shape}` === `${shape}` ? values(key, now.head * size, size) : null));
     if (!still()) return;
     const draw = (pair, side, large) => circle({before, after, rows, cols, pair, side, large});
     const side = Math.max(240, Math.min(460, picture.clientWidth - 4, innerHeight - 330));
     picture.replaceChildren(draw(now.pair, side, true), element("div", {className: "legend"},
       `pair ${now.pair}: dims ${2 * now.pair} and ${2 * now.pair + 1} of ${matrixName(name, shape, now.head)}. `
-      + (before && after ? "Rings before RoPE, dots after, the arc is the turn. " : "")
+      + (isDifference() ? `Rings ${now.traces[0].name}, dots ${now.traces[1].name}. `
+        : before && after ? "Rings before RoPE, dots after, the arc is the turn. " : "")
       + "First tokens blue, last ones red."));
     await thumbnails({n: count, chosen: now.pair, still, label: pair => `pair ${pair}`,
       draw: async pair => draw(pair, THUMB, false), pick: pair => choose({pair})});

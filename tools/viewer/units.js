@@ -4,7 +4,7 @@ import {legend, rangeOf} from "./colors.js";
 import {element, show} from "./dom.js";
 import {isUnits} from "./model.js";
 import {bars, heat} from "./picture.js";
-import {now, tokenName, values} from "./state.js";
+import {isDifference, now, tokenName, values} from "./state.js";
 
 const TOP = 40, BARS = 12;
 
@@ -28,11 +28,11 @@ export const unitsPicture = {
     const range = rangeOf(some, true);
     const words = (i, j, x) => `${tokenName(i)}, unit ${top[j]}: ${show(x)}`;
     picture.replaceChildren(
-      element("p", {}, `The ${top.length} units of ${cols} that are strongest anywhere:`),
+      element("p", {}, `The ${top.length} units of ${cols} that ${isDifference() ? "differ most" : "are strongest"} anywhere:`),
       heat(some, rows, top.length,
         {range, rowName: tokenName, colName: j => `${top[j]}`, words, mark: now.token}),
       legend(range),
-      element("p", {}, `The strongest at ${tokenName(now.token)} (position ${now.token}; `
+      element("p", {}, `Those that ${isDifference() ? "differ most" : "are strongest"} at ${tokenName(now.token)} (position ${now.token}; `
         + "choose another token above):"),
       bars(here.map(j => [`unit ${j}`, at(j), show(at(j))])));
   },
