@@ -30,7 +30,8 @@ export function followInChips() {
     if (!(event.key in STEPS) || event.ctrlKey || event.metaKey || event.altKey) return;
     event.preventDefault();
     event.stopPropagation();
-    choose({token: Math.max(0, Math.min(tokenIds().length - 1, STEPS[event.key](now.token)))}, {replace: event.repeat});
+    const at = [...$("tokens").children].indexOf(event.target), token = STEPS[event.key](at < 0 ? now.token : at);
+    choose({token: Math.max(0, Math.min(tokenIds().length - 1, token))}, {replace: event.repeat});
   });
   watchChoice(() => {
     build();

@@ -68,6 +68,7 @@ export function firstElement() {
   return element("div", {id: "first"}, element("span", {}, "Comparing …"), element("div", {}, bar, " ", stop));
 }
 
+const comparable = () => [...now.both.tensors.keys()].some(name => name !== "tokens");
 let said = "";
 export function tellFirst() {
   if (!$("first") || now.traces.length < 2) return;
@@ -83,7 +84,7 @@ export function tellFirst() {
   words.dataset.said = "yes";
   if (!first) {
     words.textContent = sooner ? stopped ? "Stopped; so far nothing differs." : "Comparing …"
-      : now.both.tensors.size ? "The two agree in all they share." : "Nothing in the two can be compared.";
+      : comparable() ? "The two agree in all they share." : "Nothing in the two can be compared.";
     return;
   }
   const found = stats.get(first), where = whereText(first, found);

@@ -242,7 +242,11 @@ async function tokensOf(trace) {
 
 const fitsOurs = trace => [...trace.tensors].every(([name, {shape}]) =>
   !dimsOf(name) || dimsOf(name).split(" ").length === shape.length);
-export const isScripts = trace => trace.params.n_layers !== undefined && "texts" in trace.about;
+const isScripts = trace => trace.params.n_layers !== undefined && "texts" in trace.about;
+function referenceIn(traces) {  // the script's own trace; of two the first, unless one says that it is the reference
+  const said = traces.findIndex(trace => trace.about.reference);
+  return said >= 0 ? said : Math.max(0, traces.findIndex(isScripts));
+}
 
 // Gives the tensors of traces (1 or 2) the script's names and layout; one that is the script's shows how.
 export async function arrange(traces) {
@@ -260,7 +264,7 @@ export async function arrange(traces) {
     trace.halves = await in16Bits(trace);
     trace.sizes = {...own, B, T: Math.min(each || held, held || each) || undefined};
   }
-  const at = Math.max(0, traces.findIndex(isScripts)), reference = traces[at];
+  const at = referenceIn(traces), reference = traces[at];
   await arrangeOne(reference, null);
   for (const trace of traces) if (trace !== reference) await arrangeOne(trace, reference);
   return at;

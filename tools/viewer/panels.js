@@ -87,6 +87,7 @@ function missing({name, info}) {  // why there is no picture; "": there is one
   if (name === LENS) return "";
   if (!info.count) return "It is empty.";
   if (isHere(name)) return "";
+  if (name === "tokens" && now.traces.every(({rows}) => rows[0].length)) return "";  // ids of both stand side by side
   return isDifference() ? `There is no difference to show: ${WHY[now.both.why.get(name)] ?? now.both.why.get(name)}.`
     : `${current().name} has no such tensor.`;
 }
