@@ -27,6 +27,24 @@ export function colour(x, range) {  // red, green and blue
   const [a, b, u] = t < .5 ? [ramp[0], ramp[1], 2 * t] : [ramp[1], ramp[2], 2 * t - 1];
   return a.map((from, i) => from + (b[i] - from) * Math.max(0, Math.min(1, u)));
 }
+// colour() for many numbers at once: a function that gives a colour as ImageData holds it, four bytes in one number.
+const LEVELS = 1024;
+export function painter(range) {
+  const pack = x => colour(x, range).reduce((all, part, i) => all | Math.round(part) << 8 * i, 255 << 24) >>> 0;
+  const side = range.signed ? LEVELS : 0, all = new Uint32Array(side + LEVELS + 1);  // by the root, where colour() takes it
+  for (let i = -side; i <= LEVELS; i++) {
+    const t = i / LEVELS;
+    all[i + side] = pack(range.signed ? t * Math.abs(t) * range.most : t * range.most);
+  }
+  const [nan, masked] = [pack(NaN), pack(-Infinity)], {most, signed} = range;
+  return x => {
+    if (x !== x) return nan;
+    if (x === -Infinity) return masked;
+    const part = Math.max(-1, Math.min(1, x / most));
+    if (!signed) return all[Math.round(Math.max(0, part) * LEVELS)];
+    return all[side + Math.round(part < 0 ? -Math.sqrt(-part) * LEVELS : Math.sqrt(part) * LEVELS)];
+  };
+}
 export const rgb = (x, range) => `rgb(${colour(x, range).map(Math.round)})`;
 
 export function inkOn(x, range) {  // black or white, whichever is read better on a colour

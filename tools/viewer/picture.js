@@ -1,6 +1,6 @@
 // What pictures are made of: canvases, heat maps, bars, thumbnails.
 
-import {colour, rgb} from "./colors.js";
+import {painter, rgb} from "./colors.js";
 import {$, css, cut, element, readout, show} from "./dom.js";
 import {matricesOf, matrixName} from "./model.js";
 import {current, infoOf, isDifference, now} from "./state.js";
@@ -30,19 +30,22 @@ export function pointAt(canvas, tell) {  // tell(x, y), in the canvas's own pixe
 export function binned(data, rows, cols, mostRows, mostCols) {
   const r = Math.ceil(rows / mostRows), c = Math.ceil(cols / mostCols);
   const R = Math.ceil(rows / r), C = Math.ceil(cols / c), none = 2 ** 32 - 1;
-  const pick = new Uint32Array(R * C).fill(none);
-  const size = x => Number.isNaN(x) ? Infinity : x === -Infinity ? -1 : Math.abs(x);
-  for (let i = 0; i < rows; i++) for (let j = 0; j < cols; j++) {
-    const at = i * cols + j, bin = (i / r | 0) * C + (j / c | 0);
-    if (pick[bin] === none || size(data[at]) > size(data[pick[bin]])) pick[bin] = at;
+  const pick = new Uint32Array(R * C).fill(none), best = new Float64Array(R * C);
+  const bin = Uint32Array.from({length: cols}, (_, j) => j / c | 0);
+  for (let i = 0; i < rows; i++) for (let j = 0, row = (i / r | 0) * C; j < cols; j++) {
+    const at = i * cols + j, x = data[at], to = row + bin[j];
+    const size = x !== x ? Infinity : x === -Infinity ? -1 : x < 0 ? -x : x;
+    if (pick[to] !== none && !(size > best[to])) continue;
+    pick[to] = at;
+    best[to] = size;
   }
   return {R, C, pick};
 }
 
 export function image(data, {R, C, pick}, range) {  // a pixel a number
   const canvas = element("canvas", {width: C, height: R}), pen = canvas.getContext("2d");
-  const pixels = pen.createImageData(C, R);
-  pick.forEach((at, i) => pixels.data.set([...colour(data[at], range), 255], 4 * i));
+  const pixels = pen.createImageData(C, R), bytes = new Uint32Array(pixels.data.buffer), paint = painter(range);
+  for (let i = 0; i < pick.length; i++) bytes[i] = paint(data[pick[i]]);
   pen.putImageData(pixels, 0, 0);
   return canvas;
 }

@@ -55,11 +55,15 @@ let halves = null;  // the value of each of the 65,536 float16 numbers
 async function stored({blob}, {dtype, start}, first, last) {  // numbers as they stand in the file
   const size = BYTES[dtype], bytes = await blob.slice(start + first * size, start + last * size).arrayBuffer();
   if (dtype === "BF16") {
-    return new Float32Array(Uint32Array.from(new Uint16Array(bytes), bits => bits << 16).buffer);
+    const held = new Uint16Array(bytes), wide = new Uint32Array(held.length);
+    for (let i = 0; i < held.length; i++) wide[i] = held[i] << 16;
+    return new Float32Array(wide.buffer);
   }
   if (dtype === "F16") {
     halves ??= Float32Array.from({length: 65536}, (_, bits) => half(bits));
-    return Float32Array.from(new Uint16Array(bytes), bits => halves[bits]);
+    const held = new Uint16Array(bytes), wide = new Float32Array(held.length);
+    for (let i = 0; i < held.length; i++) wide[i] = halves[held[i]];
+    return wide;
   }
   if (dtype === "I64") return Float64Array.from(new BigInt64Array(bytes), Number);
   const numbers = new ARRAYS[dtype](bytes);
@@ -97,7 +101,9 @@ async function laidOut(trace, info, first, last) {
   }
   if (high < 0) return new Float32Array(0);
   const held = await stored(trace, info, offset + low, offset + high + 1);
-  return new held.constructor(places.length).map((_, i) => held[places[i] - low]);
+  const data = new held.constructor(places.length);
+  for (let i = 0; i < data.length; i++) data[i] = held[places[i] - low];
+  return data;
 }
 
 // A mask of large negative numbers is a mask: later positions that a score hides are −∞.

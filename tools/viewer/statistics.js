@@ -8,17 +8,19 @@ const STEP = 1 << 18;  // numbers that are read at once, between two breaths of 
 
 const counts = () => ({low: Infinity, high: -Infinity, nan: 0, inf: 0, sum: 0, square: 0, n: 0});
 function count(s, data) {
-  for (const x of data) {
-    if (Number.isNaN(x)) s.nan++;
-    else if (!Number.isFinite(x)) s.inf++;
-    else {
-      s.n++;
-      s.sum += x;
-      s.square += x * x;
-      if (x < s.low) s.low = x;
-      if (x > s.high) s.high = x;
-    }
+  let {low, high, sum, square, n} = s;
+  for (let i = 0; i < data.length; i++) {
+    const x = data[i];
+    if (x - x === 0) {  // it is finite
+      n++;
+      sum += x;
+      square += x * x;
+      if (x < low) low = x;
+      if (x > high) high = x;
+    } else if (x !== x) s.nan++;
+    else s.inf++;
   }
+  Object.assign(s, {low, high, sum, square, n});
 }
 function summary({low, high, nan, inf, sum, square, n}) {
   const mean = sum / n;
@@ -31,13 +33,20 @@ function nothingApart({shape}, name) {
   return {cols, off: new Float64Array(n * rows), norm: new Float64Array(n * rows), most: 0, at: -1, numbers: []};
 }
 function addDifference(apart, first, a, b, reference) {
-  for (let i = 0; i < a.length; i++) {
-    const x = a[i], y = b[i], from = reference ? y : x, row = Math.floor((first + i) / apart.cols);
-    if (Number.isFinite(from)) apart.norm[row] += from * from;
-    if (x === y || (Number.isNaN(x) && Number.isNaN(y))) continue;
-    const far = Math.abs(x - y), size = Number.isNaN(far) ? Infinity : far;
-    apart.off[row] += size * size;
-    if (size > apart.most) Object.assign(apart, {most: size, at: first + i, numbers: [x, y]});
+  const {cols} = apart, from = reference ? b : a;
+  for (let i = 0; i < a.length;) {  // a row, or what is left of one
+    const row = Math.floor((first + i) / cols), end = Math.min(a.length, (row + 1) * cols - first);
+    let norm = 0, off = 0;
+    for (; i < end; i++) {
+      const x = a[i], y = b[i], size = from[i];
+      if (size - size === 0) norm += size * size;
+      if (x === y || (x !== x && y !== y)) continue;
+      const between = Math.abs(x - y), far = between !== between ? Infinity : between;
+      off += far * far;
+      if (far > apart.most) Object.assign(apart, {most: far, at: first + i, numbers: [x, y]});
+    }
+    apart.norm[row] += norm;
+    apart.off[row] += off;
   }
 }
 const total = sums => sums.reduce((all, x) => all + x, 0);
