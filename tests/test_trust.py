@@ -135,6 +135,10 @@ def test_a_query_head_leads_to_its_own_key_head(page, script):
     page.keyboard.press("ArrowRight")  # to k head 0, around
     choose(page, "layers.0.attention.probs")
     assert "head 0 of 8" in page.text_content("#controls")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    choose(page, "layers.0.attention.k")  # not k head 1, the last one there is
+    assert "head 0 of 2" in page.text_content("#controls")
 
 
 # ------------------------------------------------------------------------------------ the page and compare.py
