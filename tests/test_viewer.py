@@ -275,15 +275,14 @@ def test_two_traces(page, trace, tmp_path):
     page.wait_for_selector("#first:has-text('First that differs: layers.1.attention.k_rotated')")
     reference = held["layers.1.attention.k_rotated"]
     error = 0.01 * reference.numel() ** 0.5 / reference.norm()
-    assert the_same(page.text_content("#first").split()[-1], error)
-    page.click("#first button")
+    assert the_same(page.text_content("#first > span").split()[-1], error)
+    page.click("#first span button")
     page.wait_for_selector("h2:has-text('layers.1.attention.k_rotated')")
     page.wait_for_selector("#list button[data-tensor='layers.0.attention.q'] >> text=only in one")
     page.wait_for_selector("#list button[data-tensor='layers.3.out'] >> text=other shape")
     page.wait_for_selector("#list button[data-tensor='layers.1.attention.v'] >> text=error 0")
+    assert page.input_value("#side") == "2"  # one is at the number that differs most
     choose(page, "layers.1.attention.scores")
-    page.keyboard.press("x")
-    page.keyboard.press("x")  # the difference
     page.wait_for_selector("#picture[aria-busy=false]")
     assert {text.split()[-1] for text in sweep(page, 7)} <= {
         "−0.01000",

@@ -814,6 +814,8 @@ def write_html(args, found, first, read, trace, tokens, model, tokenizer):
                 for n in torch.cat(shown).unique().tolist()
             }
         )
+        if tensors is sides["the script"]:
+            about["reference"] = "yes"  # errors on the page are relative to it, as here
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "trace.safetensors"
             inside.save_tensors(file, tensors, about)

@@ -1,6 +1,6 @@
 // Scores and probabilities: who looks at whom.
 
-import {legend} from "./colors.js";
+import {dark, legend} from "./colors.js";
 import {element, show} from "./dom.js";
 import {gaze} from "./gaze.js";
 import {headsPicture} from "./heads.js";
@@ -17,6 +17,7 @@ async function allHeads({name, shape, layout, still}, signed) {  // of this laye
   const found = await patternsOf(name, still), from = layout.perHead ? layout.heads * now.row : 0;
   if (!found || !still()) return;
   await thumbnails({n: found.length, chosen: now.head - from, still,
+    of: `${name} ${now.side} ${now.row} ${shape} ${dark.matches} ${now.traces.map(trace => trace.name)}`,
     label: head => matrixName(name, shape, from + head),
     draw: head => patternCanvas(found[head], signed, THUMB), pick: head => choose({head: from + head})});
 }

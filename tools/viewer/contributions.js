@@ -37,12 +37,11 @@ export const contributionsPanel = {
     const sum = rows.reduce((total, [, x]) => total + x, 0);
     rows.push(["their sum: the logit", sum, show(sum)]);
     const range = rangeOf(heads, true), words = (i, j, x) => `layer ${i}, head ${j} gave ${show(x)} of the ${show(sum)}`;
-    const grid = heat(heads, L, H, {range, rowName: i => `layer ${i}`, colName: j => `head ${j}`, words});
-    grid.onclick = event => {
-      const cell = grid.cellAt(event.offsetX, event.offsetY);
-      const name = cell && `layers.${cell[0]}.attention.probs`;
-      if (cell && now.names.includes(name)) choose({name, head: now.row * H + cell[1], look: ""});
-    };
+    const grid = heat(heads, L, H, {range, rowName: i => `layer ${i}`, colName: j => `head ${j}`, words,
+      label: `what each head gave to the logit of ${quoted(id)}`, pick: (i, j) => {
+        const name = `layers.${i}.attention.probs`;
+        if (now.names.includes(name)) choose({name, head: now.row * H + j, look: ""});
+      }});
     place.append(
       element("p", {}, `After ${tokenName(now.token)} the model finds ${quoted(id)} likeliest. Its logit is a sum: what each block `
         + "added to the residual stream, divided by the final norm's one number and multiplied by the token's row of the head."),

@@ -3,7 +3,7 @@
 import {dark, inkOn, rgb} from "./colors.js";
 import {css, element, readout, show} from "./dom.js";
 import {matricesOf} from "./model.js";
-import {choose, infoOf, isDifference, isHere, now, textOf, tokenIds, tokenName, values} from "./state.js";
+import {choose, infoOf, isDifference, isHere, now, tokenIds, tokenName, tokenText, values} from "./state.js";
 
 const MOST = 2000, ARCS = 12, ALL_ARCS = 400, LEAST = .04, MOST_NUMBERED = 96, SVG = "http://www.w3.org/2000/svg";
 // How it is shown, as long as the page is open.
@@ -33,7 +33,7 @@ function weightsFrom(name) {  // of(head): the weights of one head, T × S
 
 const hue = i => (215 + 137 * i) % 360;
 const tint = (i, part) => `hsl(${hue(i)} 75% ${dark.matches ? "45%" : "60%"} / ${Math.min(1, part) * .85})`;
-export const letters = i => (textOf(tokenIds()[i]) ?? `#${tokenIds()[i]}`).replaceAll("\n", "⏎").replaceAll("\t", "⇥");
+export const letters = i => tokenText(i).replaceAll("\n", "⏎").replaceAll("\t", "⇥");
 
 // The weights between token `at` and every token, for each of the heads.
 function between(matrices, at, {rows, cols}) {

@@ -2,7 +2,7 @@
 
 import {dark, inkOn, rgb} from "./colors.js";
 import {$, css, cut, element, percent} from "./dom.js";
-import {likeliest} from "./logits.js";
+import {likeliest} from "./predictions.js";
 import {LENS, dimsOf, isAttention, layerOf, matricesOf, partOf} from "./model.js";
 import {binned, canvasOf, image} from "./picture.js";
 import {read} from "./safetensors.js";

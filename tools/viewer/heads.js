@@ -87,6 +87,7 @@ export const headsPicture = {
       place.replaceChildren(drawn, ...layerNames, ...places.map(([one, x, y]) => headButton(one, settings, grid, x, y)));
     }
     $("thumbs").replaceChildren();  // they are among these
+    $("thumbs").dataset.of = "";
     picture.replaceChildren(controls, words, progress, place);
     for (let i = 0; i < names.length; i += AT_ONCE) {
       const some = names.slice(i, i + AT_ONCE);

@@ -4,7 +4,7 @@ import {inkOn, legend, rgb} from "./colors.js";
 import {css, cut, element, percent, readout} from "./dom.js";
 import {LENS} from "./model.js";
 import {read} from "./safetensors.js";
-import {choose, current, isDifference, now, quoted} from "./state.js";
+import {choose, current, isDifference, now, quoted, tokenName} from "./state.js";
 
 const MOST_COLUMNS = 64;
 const ways = {prob: "probability", rank: "rank", entropy: "entropy"};
@@ -26,22 +26,22 @@ async function lensOf(trace, kind) {  // "lens" or "lens.attention"; null: there
 }
 
 const rankPart = (rank, V) => 1 - Math.log(rank) / Math.log(Math.max(V, 2));
-function partOfCell({likeliest, rank, entropy}, V) {  // how strongly it is coloured, and what stands in it
+function partOfCell({likeliest, rank, entropy}, V, trace) {  // how strongly it is coloured, and what stands in it
   if (how.shown === "rank" && rank) return [Math.max(0, rankPart(rank, V)), `${rank}`];
   if (how.shown === "entropy" && entropy !== null) return [Math.min(1, entropy / Math.log2(V)), entropy.toFixed(1)];
-  return [likeliest[0][1], cut(quoted(likeliest[0][0]), 12)];
+  return [likeliest[0][1], cut(quoted(likeliest[0][0], trace), 12)];
 }
 
-function cellOf(name, who, layer, position, found, V) {
-  const [part, text] = partOfCell(found, V), cell = element("td", {tabIndex: 0}, text), {likeliest, rank, entropy} = found;
+function cellOf({trace, ids, V}, who, layer, position, found) {
+  const [part, text] = partOfCell(found, V, trace), cell = element("td", {tabIndex: 0}, text), {likeliest, rank, entropy} = found;
   Object.assign(cell.style, {background: rgb(part, {most: 1}), color: inkOn(part, {most: 1})});
   if (position === now.token) {
     cell.dataset.chosen = "";
     cell.style.outline = `2px solid ${css("--mark")}`;
   }
   cell.onpointerenter = cell.onfocus = () => readout(
-    `after ${name}, layer ${layer}${who} would say `
-    + likeliest.map(([id, p]) => `${quoted(id)} ${percent(p)} %`).join(", ")
+    `after ${tokenName(position, ids, trace)}, layer ${layer}${who} would say `
+    + likeliest.map(([id, p]) => `${quoted(id, trace)} ${percent(p)} %`).join(", ")
     + (rank ? `; the final token is number ${rank}` : "") + (entropy !== null ? `; entropy ${entropy.toFixed(2)} bits` : ""));
   cell.onclick = () => choose({token: position});
   return cell;
@@ -49,14 +49,14 @@ function cellOf(name, who, layer, position, found, V) {
 
 function tableOf(trace, after, between) {
   const {L, T} = after, from = Math.max(0, Math.min(now.token - 31, T - MOST_COLUMNS));
-  const ids = trace.rows[now.row] ?? trace.rows[0] ?? [], V = trace.tensors.get("logits")?.shape.at(-1) ?? trace.params.vocab_size;
-  const name = t => t in ids ? quoted(ids[t]) : `${t}`;
+  const ids = trace.rows[now.row] ?? trace.rows[0], V = trace.tensors.get("logits")?.shape.at(-1) ?? trace.params.vocab_size;
+  const about = {trace, ids, V: V ?? 2 ** 17};
   const positions = Array.from({length: Math.min(T, MOST_COLUMNS)}, (_, i) => from + i);
-  const table = element("table", {className: "lens"}, element("tr", {}, element("th"),
-    ...positions.map(t => element("th", {}, `${t} ${cut(name(t), 12)}`))));
+  const table = element("table", {className: "lens", ariaLabel: `logit lens of ${trace.name}`}, element("tr", {}, element("th"),
+    ...positions.map(t => element("th", {}, `${t} ${cut(tokenName(t, ids, trace), 12)}`))));
   for (let layer = L - 1; layer >= 0; layer--) {
     const line = ({at}, who, title) => element("tr", {className: who ? "between" : ""}, element("th", {}, title),
-      ...positions.map(t => cellOf(name(t), who, layer, t, at(layer, t), V ?? 2 ** 17)));
+      ...positions.map(t => cellOf(about, who, layer, t, at(layer, t))));
     table.append(line(after, "", `layer ${layer}`));
     if (between && how.attention) table.append(line(between, "'s attention", "  its attention"));
   }
@@ -64,14 +64,15 @@ function tableOf(trace, after, between) {
 }
 
 function numbersOf(trace, kinds) {  // for a file
-  const ids = trace.rows[now.row] ?? trace.rows[0] ?? [], lines = [];
+  const ids = trace.rows[now.row] ?? trace.rows[0], lines = [];
   for (const {kind, L, T, at} of kinds) for (let layer = 0; layer < L; layer++) for (let t = 0; t < T; t++) {
     const {likeliest, rank, entropy} = at(layer, t), who = kind === "lens" ? "layer" : "attention";
-    likeliest.forEach(([id, p], n) => lines.push([trace.name, layer, who, t, quoted(ids[t] ?? t), n + 1, id, quoted(id), p,
-      rank ?? "", entropy ?? ""]));
+    likeliest.forEach(([id, p], n) => lines.push([trace.name, layer, who, t, tokenName(t, ids, trace), n + 1, id,
+      quoted(id, trace), p, rank ?? "", entropy ?? ""]));
   }
   return lines;
 }
+const NONE = "This trace holds no logit lens; --save-trace of the script writes it.";
 const HEAD = ["trace", "layer", "after", "position", "token", "n", "id", "text", "probability",
   "rank of the final token", "entropy in bits"];
 
@@ -102,7 +103,7 @@ export const lensPicture = {
     if (!still()) return;
     const there = lenses.filter(({kinds: [after]}) => after);
     if (!there.length) {
-      picture.replaceChildren("This trace holds no logit lens; --save-trace of the script writes it.");
+      picture.replaceChildren(NONE);
       return;
     }
     const ranked = there.every(({kinds: [after]}) => after.ranked), between = there.every(({kinds}) => kinds[1]);
@@ -111,15 +112,17 @@ export const lensPicture = {
     function draw(change) {
       Object.assign(how, change);
       if (!ranked) how.shown = "prob";
-      const shown = there.map(({trace, kinds}) => [traces.length > 1 ? element("h3", {}, trace.name) : "", tableOf(trace, ...kinds)]);
+      const shown = lenses.map(({trace, kinds}) => [traces.length > 1 ? element("h3", {}, trace.name) : "",
+        kinds[0] ? tableOf(trace, ...kinds) : NONE]);
       picture.replaceChildren(
         element("p", {}, "If a layer were the last (what it leaves through the final norm and the head), what would "
           + "come next?" + (long ? ` Here for ${MOST_COLUMNS} positions around the chosen one.` : "")
-          + (there.length < traces.length ? ` Of ${there[0].trace.name} alone: the other holds no lens.` : "")),
+          + (isDifference() ? " Of both, one below the other: words have no difference." : "")),
         choices(ranked, between, draw), ...shown.flat(),
         how.shown === "prob" ? legend({most: 1}, MEANING.prob) : element("p", {className: "legend"}, MEANING[how.shown]));
       if (change.shown) picture.querySelector(`[data-lens=${how.shown}]`).focus({preventScroll: true});
-      picture.querySelector("[data-chosen]")?.scrollIntoView({block: "nearest", inline: "nearest"});
+      for (const cell of picture.querySelectorAll("[data-chosen]"))
+        cell.scrollIntoView({block: "nearest", inline: "nearest"});
     }
     draw({});
   },

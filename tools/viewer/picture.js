@@ -1,7 +1,10 @@
 // What pictures are made of: canvases, heat maps, bars, thumbnails.
 
 import {paletteOf, rgb} from "./colors.js";
-import {$, css, cut, element, readout} from "./dom.js";
+import {$, css, cut, element, readout, show} from "./dom.js";
+import {matricesOf, matrixName} from "./model.js";
+import {current, infoOf, isDifference, now} from "./state.js";
+import {walkable} from "./walking.js";
 
 export function canvasOf(width, height) {  // and its pen, in pixels of the page
   const scale = devicePixelRatio || 1;
@@ -23,21 +26,18 @@ export function pointAt(canvas, tell) {  // tell(x, y), in the canvas's own pixe
   canvas.addEventListener("pointerdown", told);
 }
 
-export function pickable(canvas, pick) {  // what is pointed at is chosen: with a click, or Enter
-  canvas.tabIndex = 0;
-  canvas.onclick = pick;
-  canvas.addEventListener("keydown", ({key}) => { if (key === "Enter") pick(); });
-}
-
 // More rows or columns than pixels: of each group the number farthest from zero stands for all.
 export function binned(data, rows, cols, mostRows, mostCols) {
   const r = Math.ceil(rows / mostRows), c = Math.ceil(cols / mostCols);
   const R = Math.ceil(rows / r), C = Math.ceil(cols / c), none = 2 ** 32 - 1;
-  const pick = new Uint32Array(R * C).fill(none);
-  const size = x => Number.isNaN(x) ? Infinity : x === -Infinity ? -1 : Math.abs(x);
-  for (let i = 0; i < rows; i++) for (let j = 0; j < cols; j++) {
-    const at = i * cols + j, bin = (i / r | 0) * C + (j / c | 0);
-    if (pick[bin] === none || size(data[at]) > size(data[pick[bin]])) pick[bin] = at;
+  const pick = new Uint32Array(R * C).fill(none), best = new Float64Array(R * C);
+  const bin = Uint32Array.from({length: cols}, (_, j) => j / c | 0);
+  for (let i = 0; i < rows; i++) for (let j = 0, row = (i / r | 0) * C; j < cols; j++) {
+    const at = i * cols + j, x = data[at], to = row + bin[j];
+    const size = x !== x ? Infinity : x === -Infinity ? -1 : x < 0 ? -x : x;
+    if (pick[to] !== none && !(size > best[to])) continue;
+    pick[to] = at;
+    best[to] = size;
   }
   return {R, C, pick};
 }
@@ -94,9 +94,17 @@ function colNames(pen, cols, colName, first, {left, top, names, eachX, wide}) {
   }
 }
 
+// What a picture of the chosen tensor shows, in words.
+export function nameOfPicture(what = "") {
+  const {shape} = infoOf(now.name) ?? {shape: []}, {n} = matricesOf(now.name, shape);
+  const side = now.traces.length < 2 ? "" : isDifference() ? ", difference" : `, ${current().name}`;
+  return `${now.name}${n > 1 ? `, ${matrixName(now.name, shape, now.head)}` : ""}${side}${what ? `: ${what}` : ""}`;
+}
+
 // A heat map of rows × cols numbers. words(row, col, x) says what a cell is; mark: the row that is chosen;
-// cell: [row, col] of the chosen number; pick(row, col) chooses one, with a click.
-export function heat(data, rows, cols, {range, words, mark, cell, pick, ...how}) {
+// cell: [row, col] of the chosen number; label: what the picture shows; pick(row, col), if there is one,
+// chooses a cell, with a click or Enter.
+export function heat(data, rows, cols, {range, words, mark, cell, label, pick, ...how}) {
   const layout = heatLayout(rows, cols, how, (...most) => binned(data, rows, cols, ...most));
   const {bins, left, top, cellX, cellY, wide, high, eachY} = layout;
   const [canvas, pen] = canvasOf(Math.ceil(left + wide), Math.ceil(top + high) + 2);
@@ -123,16 +131,20 @@ export function heat(data, rows, cols, {range, words, mark, cell, pick, ...how})
     const inside = [rows, cols].map((n, k) => Math.max(0, Math.min(n - 1, cell[k])));
     return nearest || `${inside}` === `${cell}` ? inside : null;
   };
-  let pointed = -1;
+  let pointed = null;  // row and column of the number that is read out
   pointAt(canvas, (x, y) => {
     const i = Math.floor((y - top) / cellY), j = Math.floor((x - left) / cellX);
-    pointed = i < 0 || j < 0 || i >= bins.R || j >= bins.C ? -1 : bins.pick[i * bins.C + j];
-    if (pointed >= 0) readout(words(Math.floor(pointed / cols), pointed % cols, data[pointed]));
+    pointed = null;
+    if (i < 0 || j < 0 || i >= bins.R || j >= bins.C) return;
+    const at = bins.pick[i * bins.C + j];
+    pointed = [Math.floor(at / cols), at % cols];
+    readout(words(...pointed, data[at]));
   });
-  if (pick) pickable(canvas, () => {
-    if (pointed >= 0) pick(Math.floor(pointed / cols), pointed % cols);
-    else pick(...(cell ?? [Math.max(0, mark ?? 0), 0]));  // Enter, and nothing is pointed at
-  });
+  const size = `${range.signed ? "±" : "0 … "}${show(range.most)}`;
+  walkable(canvas, {label: label ?? nameOfPicture(`${rows} rows × ${cols} columns of numbers, ${size}`), rows, cols, pick,
+    boxOf: (i, j) => [left + j * layout.eachX, top + i * eachY, layout.eachX, eachY],
+    tell: (i, j) => words(i, j, data[i * cols + j])});
+  if (pick) canvas.addEventListener("click", () => { if (pointed) pick(...pointed); });
   return canvas;
 }
 
@@ -148,15 +160,34 @@ export function bars(rows) {  // a table of [name, size, text]; name and text ma
   return element("div", {className: "wide"}, table);
 }
 
-// n small pictures to choose from, one after the other: draw(i) gives a canvas, pick(i) chooses.
-export async function thumbnails({n, chosen, label, draw, pick, still}) {
-  $("thumbs").replaceChildren();
-  for (let i = 0; i < n && i < 256; i++) {
+// n small pictures to choose from, one after the other: draw(i) gives a canvas, pick(i) chooses. Those of before
+// stay until there is a new one in their place. of: what they are of; if it is the same, none is drawn again.
+const MOST_THUMBS = 256;
+export async function thumbnails({n, chosen, label, draw, pick, still, of = ""}) {
+  const place = $("thumbs"), count = Math.min(n, MOST_THUMBS), same = of !== "" && place.dataset.of === of;
+  place.dataset.name = `${now.name} ${now.side}`;
+  const mark = () => [...place.children].forEach((button, i) => button.setAttribute("aria-pressed", i === chosen));
+  mark();
+  if (same && place.children.length === count) {
+    [...place.children].forEach((button, i) => { button.onclick = () => pick(i); });
+    return;
+  }
+  place.dataset.of = "";
+  let breath = performance.now();
+  for (let i = 0; i < count; i++) {
     const canvas = await draw(i);
     if (!still()) return;
-    const button = element("button", {ariaLabel: label(i), title: label(i)}, canvas, `${i}`);
+    canvas.ariaHidden = true;  // the button says what it is
+    const button = place.children[i] ?? element("button");
+    button.replaceChildren(canvas, `${i}`);
+    Object.assign(button, {ariaLabel: label(i), title: label(i), onclick: () => pick(i)});
+    if (!button.isConnected) place.append(button);
     button.setAttribute("aria-pressed", i === chosen);
-    button.onclick = () => pick(i);
-    $("thumbs").append(button);
+    if (performance.now() - breath < 30) continue;
+    await new Promise(done => setTimeout(done));
+    if (!still()) return;
+    breath = performance.now();
   }
+  while (place.children.length > count) place.lastChild.remove();
+  place.dataset.of = of;
 }

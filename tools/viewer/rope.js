@@ -3,8 +3,10 @@
 import {dark} from "./colors.js";
 import {css, cut, element, readout, show} from "./dom.js";
 import {isPaired, matrixName} from "./model.js";
-import {canvasOf, pickable, pointAt, thumbnails} from "./picture.js";
-import {choose, infoOf, isHere, now, pickCell, tokenName, values} from "./state.js";
+import {canvasOf, nameOfPicture, pointAt, thumbnails} from "./picture.js";
+import {read} from "./safetensors.js";
+import {choose, infoOf, isDifference, isHere, now, pickCell, tokenName, values} from "./state.js";
+import {walkable} from "./walking.js";
 
 const MANY = 24, THUMB = 58;
 const angle = ([x, y]) => Math.atan2(y, x);
@@ -90,7 +92,13 @@ function circle({before, after, rows, cols, pair, side, large}) {
     nearest = ends.reduce((a, b) => far(b) < far(a) ? b : a).i;
     readout(wordsOf(nearest, ...both[nearest]));
   });
-  pickable(canvas, () => pickCell(nearest, 2 * pair));
+  const pick = i => pickCell(i, 2 * pair);
+  canvas.addEventListener("click", () => pick(nearest));
+  walkable(canvas, {label: nameOfPicture(`pair ${pair}, a point for each token`), rows, cols: 1, pick,
+    tell: i => wordsOf(i, ...both[i]), boxOf: i => {
+      const {end: [x, y]} = ends.findLast(one => one.i === i);
+      return [x - 6, y - 6, 12, 12];
+    }});
   return canvas;
 }
 
@@ -98,6 +106,7 @@ function wordsOf(i, from, to) {
   const text = point => `(${point.map(show).join(", ")})`;
   const words = `${tokenName(i)} at ${i}: ${text(from ?? to)}`;
   if (!from || !to) return words;
+  if (isDifference()) return `${words} against ${text(to)}, ${show(Math.hypot(to[0] - from[0], to[1] - from[1]))} apart`;
   const turned = (angle(to) - angle(from) + 4 * Math.PI) % (2 * Math.PI) * 180 / Math.PI;
   return `${words} turned by ${turned.toFixed(1)}° to ${text(to)}`;
 }
@@ -108,15 +117,18 @@ export const ropePicture = {
     const {rows, cols, size} = layout, count = cols / 2;
     now.pair = Math.min(now.pair, count - 1);
     const plain = name.replace("_rotated", "");
-    const [before, after] = await Promise.all([plain, `${plain}_rotated`].map(key =>
-      isHere(key) && `${infoOf(key).shape}` === `${shape}` ? values(key, now.head * size, size) : null));
+    const [before, after] = await Promise.all(isDifference()
+      ? now.both.tensors.get(name).map((info, side) => read(now.traces[side], info, now.head * size, size))
+      : [plain, `${plain}_rotated`].map(key =>
+        isHere(key) && `${infoOf(key).shape}` === `${shape}` ? values(key, now.head * size, size) : null));
     if (!still()) return;
     const draw = (pair, side, large) => circle({before, after, rows, cols, pair, side, large});
     const side = Math.max(240, Math.min(460, picture.clientWidth - 4, innerHeight - 330));
     picture.replaceChildren(draw(now.pair, side, true), element("div", {className: "legend"},
       `pair ${now.pair}: dims ${2 * now.pair} and ${2 * now.pair + 1} of ${matrixName(name, shape, now.head)}. `
-      + (before && after ? rows > MANY ? "Dots after RoPE; of the chosen token the ring before it and the way it turned. "
-        : "Rings before RoPE, dots after, the arc is the turn. " : "")
+      + (isDifference() ? `Rings ${now.traces[0].name}, dots ${now.traces[1].name}. `
+        : !before || !after ? "" : rows > MANY ? "Dots after RoPE; of the chosen token the ring before it and the way it turned. "
+          : "Rings before RoPE, dots after, the arc is the turn. ")
       + "First tokens blue, last ones red; a click chooses one."));
     await thumbnails({n: count, chosen: now.pair, still, label: pair => `pair ${pair}`,
       draw: async pair => draw(pair, THUMB, false), pick: pair => choose({pair})});

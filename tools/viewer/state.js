@@ -1,15 +1,19 @@
 // What is opened and chosen. Whatever changes goes through choose(), which tells those who watch.
 
+import {partsOfCharacters} from "./characters.js";
+import {pairOf} from "./layouts.js";
 import {read} from "./safetensors.js";
 import {LENS, dimsOf, isPaired, layerCount, layerOf, matricesOf, partOf} from "./model.js";
 
 export const now = {
-  traces: [],  // one, or two that are compared
+  traces: [],  // one, or two that are compared: change them with setTraces()
+  reference: 0,  // of two traces the one that errors are relative to
+  both: null,  // of two traces: what can be compared, as pairOf() says
   origin: "file",  // or "page": it came inside this page; or "example": the one that always does
   names: [],  // of all tensors, in the order of the pass
   name: "",  // of the chosen tensor
   head: 0,  // of its matrices the chosen one: head, and row of the batch before it
-  wanted: 0,  // the head last chosen, also where a tensor has fewer
+  wanted: [0, 0],  // row of the batch and query head last chosen, also where a tensor has fewer
   pair: 0,  // of the dims of q and k
   token: 0,  // position in the prompt
   cell: null,  // or [row, column] in the chosen matrix: the number whose making is shown
@@ -24,31 +28,54 @@ export const SIDES = ["a", "b", "difference"];
 
 export const isDifference = () => now.side === 2;
 export const current = () => now.traces[now.side] ?? now.traces[0];
-export const tokenIds = () => current().rows[now.row] ?? current().rows[0];
-export const inBoth = name => now.traces.every(trace => trace.tensors.has(name));
-export const infoOf = name => current().tensors.get(name)
-  ?? now.traces.find(trace => trace.tensors.has(name))?.tensors.get(name);
-export function sameShape(name) {
-  const shapes = now.traces.map(trace => `${trace.tensors.get(name)?.shape}`);
-  return inBoth(name) && shapes.every(shape => shape === shapes[0]);
+export function setTraces(traces, reference) {
+  Object.assign(now, {traces, reference, both: traces.length > 1 ? pairOf(traces) : null});
 }
+export function tokenIds() {  // of the difference: those that both have
+  const ids = current().rows[now.row] ?? current().rows[0];
+  if (!isDifference() || !now.both.common) return ids;
+  return (ids.length ? ids : now.traces[1].rows[now.row] ?? ids).slice(0, now.both.common);
+}
+export const sameShape = name => now.both?.tensors.has(name) ?? false;  // and so it can be compared
+export const infoOf = name => (isDifference() ? now.both.tensors.get(name)?.[0] : current().tensors.get(name))
+  ?? now.traces.find(trace => trace.tensors.has(name))?.tensors.get(name);
 export const isHere = name => isDifference() ? sameShape(name) : current().tensors.has(name);
 export const layers = () => layerCount(now.names);
 
 // Numbers of the side that is looked at, or the difference of the two.
 export async function values(name, first, count) {
   if (!isDifference()) return read(current(), name, first, count);
-  const [a, b] = await Promise.all(now.traces.map(trace => read(trace, name, first, count)));
-  return a.map((x, i) => x === b[i] ? 0 : x - b[i]);
+  const infos = now.both.tensors.get(name);
+  const [a, b] = await Promise.all(now.traces.map((trace, side) => read(trace, infos[side], first, count)));
+  return Float64Array.from(a, (x, i) => x === b[i] ? 0 : x - b[i]);
 }
 
-export const textOf = id => [current(), ...now.traces].map(trace => trace.texts[id])
-  .find(text => text !== undefined);
-export const quoted = id => textOf(id) === undefined ? `#${id}`
-  : JSON.stringify(textOf(id)).replaceAll("\\\\", "\\");
-export function tokenName(position) {
-  const ids = tokenIds();
-  return position in ids ? quoted(ids[position]) : `${position}`;
+// Texts are of the side that is shown: two traces may have two vocabularies.
+export const textOf = (id, trace = current()) => trace.texts[id]
+  ?? (now.traces.every(({texts}) => !Object.keys(texts).length || texts === trace.texts || agree(texts, trace.texts))
+    ? now.traces.map(({texts}) => texts[id]).find(text => text !== undefined) : undefined);
+const agreeing = new WeakMap();
+function agree(a, b) {  // is it one vocabulary, as far as both know it?
+  const known = agreeing.get(a) ?? new Map();
+  agreeing.set(a, known);
+  if (!known.has(b)) known.set(b, Object.keys(a).every(id => !(id in b) || a[id] === b[id]));
+  return known.get(b);
+}
+export const quoted = (id, trace) => textOf(id, trace) === undefined ? `#${id}`
+  : JSON.stringify(textOf(id, trace)).replaceAll("\\\\", "\\");
+export function tokenText(position, ids = tokenIds(), trace = current()) {  // a part of a character as that, marked
+  return partsOf(ids, trace).get(position) ?? textOf(ids[position], trace) ?? `#${ids[position]}`;
+}
+export function tokenName(position, ids = tokenIds(), trace = current()) {
+  if (!(position in ids)) return `${position}`;
+  const part = partsOf(ids, trace).get(position);
+  return part === undefined ? quoted(ids[position], trace) : JSON.stringify(part).replaceAll("\\\\", "\\");
+}
+const known = new WeakMap();  // of ids: their parts of characters
+function partsOf(ids, trace) {
+  if (known.get(ids)?.texts !== trace.texts)
+    known.set(ids, {texts: trace.texts, parts: partsOfCharacters([...ids].map(id => textOf(id, trace)))});
+  return known.get(ids).parts;
 }
 
 const watchers = [];
@@ -60,7 +87,7 @@ let turn = 0;
 export function choose(change, how = {}) {
   const mine = ++turn, part = partOf(now.name);
   Object.assign(now, change);
-  if ("head" in change) now.wanted = now.head;
+  if ("head" in change) now.wanted = wantedBy(now.head);
   if (!("cell" in change) && part !== partOf(now.name)) now.cell = null;
   if ("head" in change && !("overlay" in change)) now.overlay = [];
   settle();
@@ -69,12 +96,25 @@ export function choose(change, how = {}) {
   return Promise.all(watchers.map(watcher => watcher(change, () => mine === turn, how)));
 }
 
+// How many query heads belong to one head of a tensor: G for keys and values.
+export const sharedBy = name => dimsOf(name).includes("K") ? groupSize() : 1;
+export function groupSize() {
+  const {H, K} = current().sizes ?? {};
+  return H && K ? H / K : 1;
+}
+function wantedBy(matrix) {  // a key/value head stands for the query head of before, if that is in its group
+  const info = now.name === LENS ? null : infoOf(now.name), heads = info ? matricesOf(now.name, info.shape).heads : 1;
+  const G = sharedBy(now.name), head = matrix % heads, [, before] = now.wanted;
+  return [Math.floor(matrix / heads), heads === 1 && G === 1 ? before : Math.floor(before / G) === head ? before : head * G];
+}
+
 function settle() {  // what is chosen must be there
   const info = now.name === LENS ? null : infoOf(now.name);
   if (info) {
-    const {n, heads} = matricesOf(now.name, info.shape);
-    now.head = Math.min(now.wanted, n - 1);
-    now.overlay = now.overlay.filter(head => head < n);
+    const {n, heads} = matricesOf(now.name, info.shape), [row, head] = now.wanted;
+    const own = Math.min(heads - 1, Math.floor(head / sharedBy(now.name)));
+    now.head = Math.min(Math.min(row, Math.max(0, n / heads - 1)) * heads + own, n - 1);
+    now.overlay = now.overlay.filter(one => one < n);
     if (dimsOf(now.name)) now.row = Math.floor(now.head / heads);
   }
   now.row = Math.min(now.row, current().rows.length - 1);

@@ -58,7 +58,7 @@ async function measured(still, tell) {
     tell(words);
     const after = await values(stream, first, size);
     if (isDifference()) {
-      const own = lengths(await read(now.traces[0], stream, first, size), D);
+      const own = lengths(await read(now.traces[0], now.both.tensors.get(stream)[0], first, size), D);
       rows.push({words, stream, apart: lengths(after, D).map((x, t) => x ? x / own[t] : 0)});
     } else {
       const same = before && before.length === after.length;
@@ -106,11 +106,8 @@ export const streamPicture = {
       const chosen = down.findIndex(({stream}) => stream === name
         || (layerOf(stream) === layerOf(name) && partOf(name) === (partOf(stream) === "out" ? "feed_forward.out" : "attention.out")));
       const map = heat(data, down.length, T, {range: most, rowName: i => down[i].words, colName: tokenName, mark: chosen,
+        label: `the residual stream, ${meaning}`, pick: (i, t) => choose({name: down[i].stream, token: t}),
         words: (i, t, x) => `${tokenName(t)} after ${down[i].words}: ${show(x)}`});
-      map.onclick = event => {
-        const cell = map.cellAt(event.offsetX, event.offsetY);
-        if (cell) choose({name: down[cell[0]].stream, token: cell[1]});
-      };
       const at = Math.min(now.token, T - 1), beyond = T > 2 && down.some((row, i) => data[i * T] > most.most);
       picture.replaceChildren(picks(kinds, kind, next => {
         draw(next);

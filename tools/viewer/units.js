@@ -5,7 +5,7 @@ import {element, link, show} from "./dom.js";
 import {isUnits} from "./model.js";
 import {bars, heat} from "./picture.js";
 import {chosenRange} from "./sheet.js";
-import {now, pickCell, tokenName, values} from "./state.js";
+import {isDifference, now, pickCell, tokenName, values} from "./state.js";
 
 const TOP = 40, BARS = 12;
 
@@ -31,12 +31,12 @@ export const unitsPicture = {
     const cell = now.cell && [now.cell[0], top.indexOf(now.cell[1])];
     const words = (i, j, x) => `${tokenName(i)}, unit ${top[j]}: ${show(x)}`;
     picture.replaceChildren(
-      element("p", {}, `The ${top.length} units of ${cols} that are strongest anywhere:`),
+      element("p", {}, `The ${top.length} units of ${cols} that ${isDifference() ? "differ most" : "are strongest"} anywhere:`),
       heat(some, rows, top.length,
         {range, rowName: tokenName, colName: j => `${top[j]}`, words, mark: now.token,
           cell: cell?.[1] >= 0 ? cell : null, pick: (i, j) => pickCell(i, top[j])}),
       legend(range),
-      element("p", {}, `The strongest at ${tokenName(now.token)} (position ${now.token}; `
+      element("p", {}, `Those that ${isDifference() ? "differ most" : "are strongest"} at ${tokenName(now.token)} (position ${now.token}; `
         + "choose another token above):"),
       bars(here.map(j => [link(`unit ${j}`, () => pickCell(now.token, j)), at(j), show(at(j))])));
   },
