@@ -126,7 +126,7 @@ async function drawPanels(view, change, alone) {
   showCell(change);
 }
 function showCell(change) {
-  if (now.cell && "cell" in change) $("panels").firstChild?.scrollIntoView({block: "nearest"});
+  if (now.cell && "cell" in change && !isDifference()) $("panels").firstChild?.scrollIntoView({block: "nearest"});
 }
 
 async function drawPicture(picture, view) {

@@ -74,7 +74,7 @@ function circle({before, after, rows, cols, pair, side, large}) {
     const size = strong ? 6 : large ? many ? 3 : 4.5 : 1.7;
     pen.strokeStyle = pen.fillStyle = tone(i, rows);
     pen.lineWidth = strong ? 2.5 : 1;
-    if (large && from && to && (!many || strong))
+    if (large && from && to && (!many || strong) && !isDifference())
       arc(pen, middle, Math.hypot(...to) / most * reach, angle(from), angle(to), strong ? .9 : .35);
     if (from && (large || !to) && !(many && to && !strong)) dot(pen, on(from), size, false);
     if (to) dot(pen, on(to), size, true);
