@@ -4,6 +4,7 @@ import {css, element, readout, show} from "./dom.js";
 import {LENS, columnName, dimsOf, isAttention} from "./model.js";
 import {canvasOf, pointAt} from "./picture.js";
 import {isDifference, now, tokenIds, tokenName, values} from "./state.js";
+import {walkable} from "./walking.js";
 
 const HEIGHT = 120, LEFT = 64;
 
@@ -24,9 +25,10 @@ function columnsOf(data, width) {
   return found;
 }
 
-// A line of numbers: name(j) says what a place is called.
-export function lineOfValues(data, width, name) {
+// A line of numbers: name(j) says what a place is called; label: what they are.
+export function lineOfValues(data, width, name, label) {
   const [canvas, pen] = canvasOf(width, HEIGHT), room = width - LEFT - 6, columns = columnsOf(data, room);
+  const wordsOf = j => `${name(j)}: ${show(data[j])}`;
   const finite = columns.filter(([low]) => low !== Infinity);
   const low = Math.min(0, ...finite.map(column => column[0])), high = Math.max(0, ...finite.map(column => column[1]));
   const span = high - low || 1, y = x => 8 + (high - x) / span * (HEIGHT - 16);
@@ -58,8 +60,10 @@ export function lineOfValues(data, width, name) {
   pen.stroke();
   pointAt(canvas, px => {
     const k = Math.floor((px - LEFT) / each);
-    if (k >= 0 && k < columns.length) readout(`${name(columns[k][2])}: ${show(data[columns[k][2]])}`);
+    if (k >= 0 && k < columns.length) readout(wordsOf(columns[k][2]));
   });
+  walkable(canvas, {label, rows: 1, cols: data.length, tell: (i, j) => wordsOf(j),
+    boxOf: (i, j) => [LEFT + j / data.length * room, 8, room / data.length, HEIGHT - 16]});
   return canvas;
 }
 
@@ -73,9 +77,8 @@ export const linePanel = {
     if (!still()) return;
     const who = dimsOf(name) ? tokenName(row + skipped) : `row ${row}`;
     const column = j => isAttention(name) ? `→ ${tokenName(j)}` : `${columnName(name)} ${j}`;
-    const canvas = lineOfValues(data, Math.max(260, picture.clientWidth - 4), j => `${who} ${column(j)}`);
-    canvas.role = "img";
-    canvas.ariaLabel = `${cols} numbers of ${who}${isDifference() ? ", first − second" : ""}`;
+    const canvas = lineOfValues(data, Math.max(260, picture.clientWidth - 4), j => `${who} ${column(j)}`,
+      `${cols} numbers of ${who}${isDifference() ? ", first − second" : ""}`);
     place.append(element("p", {}, `${who}, ${cols} numbers:`), canvas);
   },
 };

@@ -4,6 +4,7 @@ import {css, cut, element, readout, show} from "./dom.js";
 import {isPaired, layerOf, matricesOf} from "./model.js";
 import {canvasOf, pointAt} from "./picture.js";
 import {choose, current, infoOf, isDifference, isHere, now, tokenIds, tokenName, values} from "./state.js";
+import {walkable} from "./walking.js";
 
 const DEGREES = 180 / Math.PI, HEIGHT = 190, LEFT = 58, SIDE = 250, LONGEST = 4096;
 
@@ -86,11 +87,12 @@ function speeds(found, said, width) {
     pen.fill();
   });
   const pairAt = px => Math.max(0, Math.min(n - 1, Math.floor((px - LEFT) / room * n)));
-  pointAt(canvas, px => {
-    const pair = pairAt(px);
-    readout(`pair ${pair}: ${degreesText((found ?? said)[pair])}${said && found ? `; params.json says ${show(said[pair] * DEGREES)}°` : ""}`);
-  });
+  const words = pair => `pair ${pair}: ${degreesText((found ?? said)[pair])}`
+    + (said && found ? `; params.json says ${show(said[pair] * DEGREES)}°` : "");
+  pointAt(canvas, px => readout(words(pairAt(px))));
   canvas.onclick = event => choose({pair: pairAt(event.offsetX * width / canvas.clientWidth)});
+  walkable(canvas, {label: `degrees a token of ${n} pairs`, rows: 1, cols: n, tell: (i, pair) => words(pair),
+    pick: (i, pair) => choose({pair}), boxOf: (i, pair) => [LEFT + pair / n * room, 8, room / n, HEIGHT - 30]});
   return canvas;
 }
 const isOff = (each, said) => Math.abs(each - said) > Math.max(.03 * Math.abs(said), 2e-3);
@@ -155,6 +157,8 @@ function meet(q, k, width) {  // two arrows
   pen.font = "600 13px system-ui, sans-serif";
   arrow(k, css("--alarm"), "k");
   arrow(q, css("--mark"), "q");
+  canvas.role = "img";
+  canvas.ariaLabel = `q and k of the pair as arrows, ${show(Math.abs(between) * DEGREES)}° apart`;
   return canvas;
 }
 
@@ -188,10 +192,11 @@ function curves(parts, totals, at, width) {  // a score at each distance: the pa
     pen.arc(x(at), y(line[at]), 4.5, 0, 7);
     pen.fill();
   }
-  pointAt(canvas, px => {
-    const d = Math.max(0, Math.min(totals.length - 1, Math.round((px - LEFT) / room * (totals.length - 1))));
-    readout(`${d} tokens apart: this pair gives ${show(parts[d])} of a score of ${show(totals[d])}`);
-  });
+  const words = d => `${d} tokens apart: this pair gives ${show(parts[d])} of a score of ${show(totals[d])}`;
+  const nearest = px => Math.round((px - LEFT) / room * (totals.length - 1));
+  pointAt(canvas, px => readout(words(Math.max(0, Math.min(totals.length - 1, nearest(px))))));
+  walkable(canvas, {label: "the score by distance", rows: 1, cols: totals.length, tell: (i, d) => words(d),
+    boxOf: (i, d) => [x(d) - 3, 8, 6, HEIGHT - 30]});
   return canvas;
 }
 
