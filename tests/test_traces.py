@@ -98,7 +98,7 @@ def test_the_compare_tool_opens_a_partial_trace(partial, capsys):
 def test_the_viewer_opens_a_partial_trace(page, partial):  # noqa: F811
     look(page, partial)
     names = page.eval_on_selector_all(
-        "#list button[data-name]", "all => all.map(b => b.dataset.name)"
+        "#list [data-tensor]", "all => all.map(b => b.dataset.tensor)"
     )
     assert names == ["tokens", *(f"layers.{i}.attention.probs" for i in range(4)), "logit lens"]
     for name in names:
