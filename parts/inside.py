@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import llama3_from_scratch as llama
-from parts import first_line, printable, processes, vocabulary
+from parts import first_line, lens, printable, processes, vocabulary
 from parts.files import openable, written_whole
 from parts.table import chosen, tokens_at
 
@@ -70,7 +70,6 @@ def place_of(path: str | Path) -> Path:
 
 # ------------------------------------------------------------------------------------ names
 
-LENS = ("lens.ids", "lens.probs")  # what a trace holds beside the steps of forward
 # A step of forward that passes through the probe; line: all of it, variable: what then holds the tensor
 STEP = re.compile(
     r'^(?P<line> +(?P<variable>\w+) = probe\((?P<string>f?"(?P<name>.+?)"), (?P<dims>f?".+?").*)$',
@@ -87,11 +86,11 @@ def step_names(forward: llama.Forward, layers: Iterable[object]) -> list[str]:
 
 def check_names(flag: str, patterns: Iterable[str], n_layers: int) -> None:
     """ValueError, which says what comes near, for a flag's glob that matches no name."""
-    lens = LENS if flag == "--trace-only" else ()
-    names = [*step_names(llama.forward, range(n_layers)), *lens]
+    beside = lens.BESIDE if flag == "--trace-only" else []
+    names = [*step_names(llama.forward, range(n_layers)), *beside]
     for pattern in patterns:
         if not any(chosen(name, [pattern]) for name in names):
-            why = nearest(pattern, [*step_names(llama.forward, ["*"]), *lens], n_layers)
+            why = nearest(pattern, [*step_names(llama.forward, ["*"]), *beside], n_layers)
             wrong = "no tensor has such a name"
             if flag == "--show":
                 wrong = "not all, first or none, and no tensor has such a name"
@@ -226,47 +225,27 @@ def is_trace(path: Path) -> bool:
         return False
 
 
-def logit_lens(
-    x: Tensor, weights: llama.Weights, params: llama.Params, top: int = 10
-) -> tuple[Tensor, Tensor]:
-    """What would a layer's output x (B T D) predict, were it the last? Ids and probabilities (B T top).
-
-    It goes through the final norm and the head, as the last layer's does. Source: nostalgebraist,
-    "interpreting GPT: the logit lens", 2020.
-    """
-    ids, probs = [], []
-    for part in x.split(256, dim=1):  # of 128,256 numbers for each token
-        h = llama.rms_norm(part, weights["norm.weight"], params["norm_eps"])
-        logits = llama.project(h, weights["output.weight"]).float()
-        if processes()[1] > 1:
-            from parts import parallel
-
-            logits = parallel.side_by_side(logits)
-        likeliest = logits.softmax(-1).topk(min(top, logits.shape[-1]))
-        ids.append(likeliest.indices.cpu())
-        probs.append(likeliest.values.cpu())
-    return torch.cat(ids, 1), torch.cat(probs, 1)
-
-
 @torch.inference_mode()
 def traced(tokens: Tensor, model: llama.Model, only: Iterable[str] = ()) -> dict[str, Tensor]:
-    """Every tensor of one pass over tokens (B T), by name, and the logit lens; whole, whoever computed it.
+    """Every tensor of one pass over tokens (B T), by name, and what parts/lens.py makes of them.
 
-    only: globs of the names that are kept, the tokens always; what is not kept takes no memory.
+    Whole, whoever computed it. only: globs of the names that are kept, the tokens always; what is not kept
+    takes no memory, unless another that is kept is made from it.
     """
     weights, params, _ = model
     which = list(only) or "all"
     rank, N = processes()
     trace: dict[str, Tensor] = {}
     keep = record(trace)
-    lens: list[tuple[Tensor, Tensor]] = []  # of each layer
-    with_lens = any(chosen(name, which) for name in LENS)
+    for_lens = lens.needed(which, params["n_layers"])
+
+    def asked(name: str) -> bool:
+        return name == "tokens" or chosen(name, which)
 
     def kept(name: str, dims: str, tensor: Tensor) -> Tensor:
-        if rank == 0 and (name == "tokens" or chosen(name, which)):  # process 0 writes the file
+        stream = dims == "B T D"  # process 0 writes the file; the others need no more for the lens
+        if (rank == 0 and asked(name)) or (name in for_lens and (rank == 0 or stream)):
             keep(name, dims, tensor)
-        if with_lens and re.fullmatch(r"layers\.\d+\.out", name):  # all processes meet here
-            lens.append(logit_lens(tensor, weights, params))
         return tensor
 
     probe: llama.Probe = kept
@@ -279,10 +258,8 @@ def traced(tokens: Tensor, model: llama.Model, only: Iterable[str] = ()) -> dict
         last = torch.full_like(tokens[:, 0], tokens.shape[1] - 1)
     logits = llama.forward(tokens, weights, params, last=last, probe=probe)
     check_finite(logits, weights)
-    for name, of_layers in zip(LENS, zip(*lens)):
-        if chosen(name, which):
-            trace[name] = torch.stack(of_layers)
-    return trace
+    beside = lens.beside_the_pass(trace, weights, params, which)
+    return {name: x for name, x in trace.items() if asked(name)} | beside
 
 
 def check_place(path: str | Path) -> None:
@@ -305,9 +282,8 @@ def save_trace(
 ) -> None:
     """Writes the tensors of one pass over tokens (B T), without a cache, to a .safetensors file.
 
-    Beside them "lens.ids" and "lens.probs": logit_lens of each layer (L B T 10). only: globs of names, as
-    in traced. about: strings for the metadata; params, dtype and the texts of all tokens that
-    tools/viewer.html names are added.
+    Beside them what parts/lens.py makes of them. only: globs of names, as in traced. about: strings for the
+    metadata; params, dtype and the texts of all tokens that tools/viewer.html names are added.
     """
     if processes()[0] > 0:  # process 0 writes
         traced(tokens, model, only)
@@ -317,10 +293,7 @@ def save_trace(
     trace = traced(tokens, model, only)
     whole = params.get("whole", params) | {"n_layers": params["n_layers"]}
     dtype = str(weights["norm.weight"].dtype).removeprefix("torch.")
-    shown = [
-        trace["tokens"].flatten(),
-        *(trace[name].flatten() for name in LENS[:1] if name in trace),
-    ]
+    shown = [x.flatten() for name, x in trace.items() if name == "tokens" or name.endswith("ids")]
     if "logits" in trace:
         logits = vocabulary.of_tokens(trace["logits"], tokenizer)
         shown.append(logits.topk(min(10, logits.shape[-1])).indices.flatten())

@@ -207,6 +207,16 @@ def side_by_side(x: Tensor) -> Tensor:
     return x
 
 
+def rows_of_all(w: Tensor, ids: Tensor) -> Tensor:
+    """Rows ids (N) of a matrix of which each process has a share, one below the other: N D."""
+    ids = ids.to(w.device) - processes()[0] * len(w)
+    mine = (ids >= 0) & (ids < len(w))
+    rows = w.new_zeros(len(ids), w.shape[1])
+    rows[mine] = w[ids[mine]]
+    dist.all_reduce(rows)
+    return rows
+
+
 def meeting(forward: llama.Forward) -> llama.Forward:
     """forward for one of several processes: a probe sums what wo and w2 gave, and joins the logits.
 

@@ -137,7 +137,10 @@ def test_save_trace_holds_every_tensor(script, tmp_path):
     assert result.returncode == 0 and os.listdir(tmp_path) == ["t.safetensors"]
     trace = load_file(file)
     params = read_params(ROOT / "weights/tiny")
-    assert len(trace) == 4 + 17 * params["n_layers"] + 2  # and the logit lens
+    beside = (
+        8 + 2 + 4
+    )  # the lens after attention and after each layer, rows of the head, attribution
+    assert len(trace) == 4 + 17 * params["n_layers"] + beside
     T = trace["tokens"].shape[1]
     assert trace["logits"].shape == (1, T, 1280) and trace["layers.3.attention.scores"].shape == (
         1,

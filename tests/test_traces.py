@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_viewer import CHROMIUM, browser, choose, look, page  # noqa: F401  fixtures
 
 import llama3_from_scratch as llama
-from parts import inside
+from parts import inside, lens
 from tools import compare
 
 QUIET = ("--show", "none", "--dtype", "float32")
@@ -66,7 +66,7 @@ def test_only_what_matches_is_kept_in_memory(model, monkeypatch):
     kept = []
     monkeypatch.setattr(inside, "record", lambda trace: lambda name, *_: kept.append(name))
     seen = []
-    monkeypatch.setattr(inside, "logit_lens", lambda *_: seen.append(1))
+    monkeypatch.setattr(lens, "logit_lens", lambda *_: seen.append(1))
     inside.traced(some_tokens(params), (weights, params, None), ["layers.1.*.q"])
     assert kept == ["tokens", "layers.1.attention.q"] and not seen
     monkeypatch.undo()
@@ -98,7 +98,7 @@ def test_the_compare_tool_opens_a_partial_trace(partial, capsys):
 def test_the_viewer_opens_a_partial_trace(page, partial):  # noqa: F811
     look(page, partial)
     names = page.eval_on_selector_all(
-        "#list button[data-name]", "all => all.map(b => b.dataset.name)"
+        "#list [data-tensor]", "all => all.map(b => b.dataset.tensor)"
     )
     assert names == ["tokens", *(f"layers.{i}.attention.probs" for i in range(4)), "logit lens"]
     for name in names:

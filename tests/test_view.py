@@ -138,5 +138,5 @@ def test_the_browser_is_opened_only_where_there_is_one(tmp_path, monkeypatch):
 def test_names_of_traces_are_escaped():
     name = '"><script>alert(1)</script>'
     page = view.with_traces([(name, b"one"), ("two", b"2")])
-    assert name not in page and page.count("<script") == 3
+    assert name not in page and page.count("<script") == 4
     assert base64.b64encode(b"one").decode() in page and 'data-name="two">Mg==<' in page

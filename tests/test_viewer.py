@@ -24,6 +24,7 @@ CHROMIUM = next(
 )
 QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 QUIET += " --disable-component-update --disable-sync"
+LISTED = "localStorage.setItem('llama3-viewer-list', 'open')"  # as who prefers names to the map
 PROMPT = "the answer to the ultimate question of life, the universe"
 
 pytestmark = pytest.mark.skipif(
@@ -47,6 +48,7 @@ def page(browser):
     """A page at 1280 × 800 that may fetch nothing and must not fail silently."""
     context = browser.new_context(viewport={"width": 1280, "height": 800})
     page, wrong = context.new_page(), []
+    page.add_init_script(LISTED)
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", lambda message: message.type == "error" and wrong.append(message.text))
     page.on(
@@ -136,6 +138,7 @@ def test_all_tensors_in_the_order_of_the_pass(page, trace):
     tokens = load_file(file)["tokens"]
     llama.forward(tokens, weights, params, probe=inside.record(passed))
     assert names == [*passed, "logit lens"]
+    choose(page, names[0])
     for (
         name
     ) in names:  # with the keyboard: each has its picture, and where there are heads, one for each
@@ -272,15 +275,14 @@ def test_two_traces(page, trace, tmp_path):
     page.wait_for_selector("#first:has-text('First that differs: layers.1.attention.k_rotated')")
     reference = held["layers.1.attention.k_rotated"]
     error = 0.01 * reference.numel() ** 0.5 / reference.norm()
-    assert the_same(page.text_content("#first").split()[-1], error)
-    page.click("#first button")
+    assert the_same(page.text_content("#first > span").split()[-1], error)
+    page.click("#first span button")
     page.wait_for_selector("h2:has-text('layers.1.attention.k_rotated')")
     page.wait_for_selector("#list button[data-tensor='layers.0.attention.q'] >> text=only in one")
     page.wait_for_selector("#list button[data-tensor='layers.3.out'] >> text=other shape")
     page.wait_for_selector("#list button[data-tensor='layers.1.attention.v'] >> text=error 0")
+    assert page.input_value("#side") == "2"  # one is at the number that differs most
     choose(page, "layers.1.attention.scores")
-    page.keyboard.press("x")
-    page.keyboard.press("x")  # the difference
     page.wait_for_selector("#picture[aria-busy=false]")
     assert {text.split()[-1] for text in sweep(page, 7)} <= {
         "−0.01000",
@@ -423,9 +425,12 @@ def test_long_prompts_fit_the_window(page, tmp_path):
         chip = page.locator("#tokens button[aria-pressed=true]").bounding_box()
         assert 0 <= chip["x"] and chip["x"] + chip["width"] <= 1280
         if name.endswith("probs"):
+            page.click("#all")  # without the list, as it is at first
+            page.wait_for_selector("#picture[aria-busy=false]")
             page.wait_for_selector("#thumbs button >> nth=7")
             box = page.locator("#thumbs button >> nth=7").bounding_box()
             assert box["y"] + box["height"] <= 800
+            page.click("#all")
 
 
 def header(content, data=b""):
@@ -522,7 +527,8 @@ def test_opened_with_nothing_it_shows_the_example(browser, trace):
     context = browser.new_context(viewport={"width": 1280, "height": 800})
     page = context.new_page()
     page.goto(VIEWER)
-    page.wait_for_selector("#list [aria-current=true]")
+    page.wait_for_selector("#map [aria-current=true]")
+    assert chosen(page) == ("layers.3.attention.probs", 0, 6) and page.is_hidden("#list")
     assert page.text_content("#files").startswith("example (0.3 MB")
     chips = page.eval_on_selector_all("#tokens button", "all => all.map(b => b.textContent)")
     assert "".join(chips) == "<|begin_of_text|>Once upon a time a llama"
@@ -530,8 +536,9 @@ def test_opened_with_nothing_it_shows_the_example(browser, trace):
     page.click("#dismiss")
     assert page.is_hidden("#hint")
     page.reload()
-    page.wait_for_selector("#list [aria-current=true]")
+    page.wait_for_selector("#map [aria-current=true]")
     assert page.is_hidden("#hint")
+    page.click("#all")
     held = load_file(ROOT / "tools/viewer/tiny.safetensors")
     choose(page, "layers.1.attention.probs")
     for text in sweep(page, 4):
@@ -587,42 +594,6 @@ def test_a_shared_link_waits_for_its_trace(page, trace):
     page.goto(VIEWER + "#tensor=no.such&head=-1&token=many&side=c&x")  # nonsense does no harm
     page.wait_for_selector("#picture[aria-busy=false]")
     assert page.is_hidden("#message")
-
-
-def test_the_map_is_drawn_from_the_trace(page, trace, tmp_path):
-    held = load_file(trace / "float32.safetensors")
-    look(page, trace / "float32.safetensors")
-    nodes = "all => all.map(node => [node.dataset.tensor, node.innerText])"
-    choose(page, "layers.2.out")
-    found = dict(page.eval_on_selector_all("#map [data-tensor]", nodes))
-    names = {name for name in held if "layers." not in name or name.startswith("layers.2.")}
-    assert found.keys() == names - {"lens.ids", "lens.probs"} | {"logit lens"}
-    for name in found.keys() - {"logit lens"}:
-        assert "×".join(map(str, held[name].shape)) in found[name]
-    letters = page.eval_on_selector_all("#map .sizes span", "all => all.map(x => x.textContent)")
-    known = {"D 256", "H 8", "K 2", "G 4", "E 32", "F 704", "V 1280", "L 4", "B 1"}
-    assert known <= set(letters)
-    page.click("#map [data-tensor='layers.2.feed_forward.gate']")
-    page.wait_for_selector("#picture[aria-busy=false]")
-    assert chosen(page)[0] == "layers.2.feed_forward.gate"
-    current = "#map [aria-current=true][data-tensor='layers.{}.feed_forward.gate']"
-    assert page.is_visible(current.format(2))
-    page.click("#map .strip button >> nth=0")
-    page.wait_for_selector(current.format(0))
-    inputs = page.eval_on_selector_all("#map path.lit", "all => all.map(path => path.dataset.from)")
-    assert set(inputs) == {"layers.0.ffn_norm", "layers.0.feed_forward.gate"}
-    boxes = page.eval_on_selector_all(
-        "#map .node",
-        "all => all.map(node => [node.offsetLeft, node.offsetTop, node.offsetWidth, node.offsetHeight])",
-    )
-    for i, (x, y, w, h) in enumerate(boxes):  # none covers another
-        assert all(abs(x - u) >= w or abs(y - v) >= h for u, v, *_ in boxes[:i])
-    save_file({"tokens": held["tokens"], "mine": held["norm"]}, tmp_path / "t.safetensors")
-    page.set_input_files("#file", [trace / "float32.safetensors", tmp_path / "t.safetensors"])
-    page.wait_for_selector("#files:has-text('against')")
-    page.set_input_files("#file", tmp_path / "t.safetensors")
-    page.wait_for_selector("#map [data-tensor]")
-    assert page.eval_on_selector_all("#map [data-tensor]", nodes)[0][0] == "tokens"
 
 
 def test_traces_inside_the_page(page, trace, tmp_path):
@@ -709,6 +680,7 @@ def test_light_and_dark_large_and_small(browser, trace, size):
             viewport={"width": size[0], "height": size[1]}, color_scheme=scheme
         )
         page = context.new_page()
+        page.add_init_script(LISTED)
         look(page, trace / "float32.safetensors")
         for name in (
             "layers.0.attention.probs",
@@ -733,10 +705,12 @@ def take_pictures(trace):
 
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET.split())
-        page = chromium.new_page(viewport={"width": 1280, "height": 800})
+        page = chromium.new_page(viewport={"width": 1280, "height": 900})
+        page.add_init_script(LISTED)
         look(page, trace)
+        page.click("#all")
         for name, file in (("layers.3.attention.probs", "attention"), ("logit lens", "lens")):
-            choose(page, name)
+            page.click(f"#map [data-tensor='{name}']")
             for _ in range(5 if file == "attention" else 0):  # the head of the README's example
                 page.keyboard.press("ArrowRight")
             page.wait_for_timeout(1500)

@@ -34,7 +34,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run by its path
 from llama3_from_scratch import encode, load_model
-from parts import inside, printable, view, vocabulary
+from parts import inside, lens, printable, view, vocabulary
 from parts.layouts import free_memory
 from parts.programs import flags_of, run_program
 from tools import angles, dumps
@@ -742,7 +742,11 @@ def run(args):
         "tokens": odd,
         "positions": cut or f"{tokens.shape[1]} positions are compared",
         "called": {ours: name for ours, name in called.items() if ours != name},
-        "ignored": [name for name in theirs if name not in trace and not name.startswith("lens.")],
+        "ignored": [
+            name
+            for name in theirs
+            if name not in trace and not name.startswith(("lens.", "attribution."))
+        ],
     }
     if args.json:
         print(json.dumps(found, indent=1))
@@ -795,12 +799,13 @@ def write_html(args, found, first, read, trace, tokens, model, tokenizer):
         sides[Path(args.theirs).stem][name] = aligned(x, y)[0].to(x.dtype)
     traces, left_out = [], []
     for side, tensors in sides.items():
-        outs = [f"layers.{i}.out" for i in range(params["n_layers"])]
-        if all(name in tensors for name in outs):
-            lens = [inside.logit_lens(tensors[name].float(), weights, params) for name in outs]
-            for name, of_layers in zip(inside.LENS, zip(*lens)):
-                tensors[name] = torch.stack(of_layers)
-        shown = [x.flatten() for name, x in tensors.items() if name in ("tokens", "lens.ids")]
+        L = params["n_layers"]
+        which = [name for name in lens.LENS if lens.needed([name], L) <= tensors.keys()]
+        streams = {name: tensors[name].float() for name in lens.needed(which, L)}
+        tensors |= lens.beside_the_pass(streams, weights, params, which)
+        shown = [
+            x.flatten() for name, x in tensors.items() if name == "tokens" or name.endswith("ids")
+        ]
         about = {"params": json.dumps(params), "prompt": args.prompt or ""}
         about["dtype"] = found["dtype"] if tensors is not sides["the script"] else "float32"
         about["texts"] = json.dumps(
@@ -809,6 +814,8 @@ def write_html(args, found, first, read, trace, tokens, model, tokenizer):
                 for n in torch.cat(shown).unique().tolist()
             }
         )
+        if tensors is sides["the script"]:
+            about["reference"] = "yes"  # errors on the page are relative to it, as here
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "trace.safetensors"
             inside.save_tensors(file, tensors, about)

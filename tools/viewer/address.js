@@ -1,6 +1,7 @@
-// What is chosen, in the page's address: #tensor=NAME&head=2&token=5&side=b
+// What is chosen, in the page's address: #tensor=NAME&head=2&token=5&cell=5,17&side=b
 
-import {LENS, matricesOf} from "./model.js";
+import {lookOf, looksOf} from "./looks.js";
+import {LENS, isAttention, matricesOf} from "./model.js";
 import {SIDES, choose, infoOf, now, watchChoice} from "./state.js";
 
 let written = false;  // by this page; else the address is what somebody came with
@@ -13,7 +14,10 @@ function addressOf() {
   if (n > heads) add("row", Math.floor(now.head / heads));
   if (now.pair) add("pair", now.pair);
   add("token", now.token);
+  if (now.cell) add("cell", now.cell.join(","));
   if (now.traces.length > 1) add("side", SIDES[now.side]);
+  if (lookOf(now.name)) add("look", now.look);
+  if (isAttention(now.name) && now.overlay.length) add("heads", now.overlay.join(","));
   return `#${parts.join("&")}`;
 }
 
@@ -26,8 +30,8 @@ export function asked() {
 function decode(text) {
   try { return decodeURIComponent(text); } catch { return text; }
 }
-function pick({tensor, head, row, pair, token, side}) {
-  const found = {}, whole = text => /^\d+$/.test(text) ? +text : undefined;
+function pick({tensor, head, row, pair, token, cell, side, look, heads}) {
+  const found = {cell: /^\d+,\d+$/.test(cell) ? cell.split(",").map(Number) : null}, whole = text => /^\d+$/.test(text) ? +text : undefined;
   if (now.names.includes(tensor)) found.name = tensor;
   if (whole(head) !== undefined || whole(row) !== undefined) {
     const name = found.name ?? now.name, info = name === LENS ? null : infoOf(name);
@@ -36,6 +40,9 @@ function pick({tensor, head, row, pair, token, side}) {
   }
   if (whole(pair) !== undefined) found.pair = whole(pair);
   if (whole(token) !== undefined) found.token = whole(token);
+  const wanted = found.name ?? now.name;
+  found.look = looksOf(wanted).some(([key]) => key === look) ? look : "";
+  found.overlay = /^\d+(,\d+)*$/.test(heads) && isAttention(wanted) ? heads.split(",").map(Number) : [];
   if (SIDES.indexOf(side) > 0 && now.traces.length > 1) found.side = SIDES.indexOf(side);
   return found;
 }

@@ -29,6 +29,20 @@ export function colour(x, range) {  // red, green and blue
 }
 export const rgb = (x, range) => `rgb(${colour(x, range).map(Math.round)})`;
 
+const LEVELS = 2048, palettes = new Map();
+function levels(signed) {  // of a range up to 1, each as the four bytes of a pixel
+  const pack = x => colour(x, {signed, most: 1}).reduce((all, part, i) => all | Math.round(part) << 8 * i, 255 << 24) >>> 0;
+  return {level: Uint32Array.from({length: 2 * LEVELS + 1}, (_, i) => pack(i / LEVELS - 1)),
+          nan: pack(NaN), masked: pack(-Infinity)};
+}
+export function paletteOf({signed, most}) {  // colour() for many numbers
+  const key = `${theme()} ${Boolean(signed)}`;
+  if (!palettes.has(key)) palettes.set(key, levels(signed));
+  const {level, nan, masked} = palettes.get(key);
+  return x => x !== x ? nan : x === -Infinity ? masked
+    : level[LEVELS + Math.round(Math.max(-1, Math.min(1, x / most)) * LEVELS)];
+}
+
 export function inkOn(x, range) {  // black or white, whichever is read better on a colour
   const [r, g, b] = colour(x, range).map(part => (part / 255) ** 2.2);
   return .2126 * r + .7152 * g + .0722 * b > .18 ? "#000" : "#fff";

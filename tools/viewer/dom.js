@@ -9,6 +9,10 @@ export function element(tag, properties = {}, ...children) {
   return made;
 }
 
+// A word or a number that can be clicked.
+export const link = (text, onclick, properties = {}) =>
+  element("button", {className: "link", onclick, ...properties}, text);
+
 export function show(x) {
   if (Number.isNaN(x)) return "NaN";
   if (!Number.isFinite(x)) return x < 0 ? "−∞" : "∞";

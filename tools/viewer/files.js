@@ -1,14 +1,15 @@
 // Opening traces: chosen, dropped, named in the address, or inside this page.
 
 import {broughtAlong} from "./address.js";
-import {offerSides} from "./compare.js";
+import {offerSides, tellCompared} from "./compare.js";
 import {$, say} from "./dom.js";
 import {offerHint} from "./hint.js";
 import {buildList} from "./list.js";
 import {buildMap} from "./map.js";
-import {LENS, inOrder, isLens} from "./model.js";
+import {arrange} from "./layouts.js";
+import {LENS, inOrder, isLens, partOf} from "./model.js";
 import {openTrace} from "./safetensors.js";
-import {choose, now} from "./state.js";
+import {choose, now, setTraces} from "./state.js";
 
 let begun = 0, shown = 0;  // openings: of two at once the later one stays
 
@@ -31,15 +32,23 @@ function leftOut() {
   $("left_out").textContent = words.join(" ");
 }
 
-function show(traces, origin) {
+function firstLook() {  // who attends to whom in the last layer, if it is there
+  const worth = now.names.findLast(name => partOf(name) === "attention.probs");
+  return worth ?? [LENS, "logits"].find(name => now.names.includes(name)) ?? now.names[0];
+}
+
+function show(traces, reference, origin) {
   say(null);
-  Object.assign(now, {traces, origin, names: namesOf(traces), side: 0, row: 0});
+  setTraces(traces, reference);
+  Object.assign(now, {origin, names: namesOf(traces), side: 0, row: 0});
   now.token = Math.max(0, traces[0].rows[0].length - 1);
-  if (!now.names.includes(now.name)) now.name = now.names[0];
+  if (!now.names.includes(now.name)) now.name = firstLook();
   $("files").textContent = traces.map(filesText).join("  against  ");
   document.querySelector("main").hidden = false;
   leftOut();
   offerSides();
+  tellCompared();
+  $("thumbs").dataset.of = "";  // another file may have the same name
   offerHint();
   buildMap();
   buildList();
@@ -54,11 +63,13 @@ export async function open(parts, origin = "file") {
     const traces = [];
     for (const [blob, name] of parts) traces.push(await openTrace(blob, name));
     if (!traces.length || mine < shown) return;
-    shown = mine;
     const [one] = now.traces;
     const beside = traces.length === 1 && now.traces.length === 1 && now.origin !== "example"
       && one.name !== traces[0].name;
-    show(beside ? [one, ...traces] : traces, origin);
+    const all = beside ? [one, ...traces] : traces, reference = await arrange(all);
+    if (mine < shown) return;
+    shown = mine;
+    show(all, reference, origin);
   } catch (problem) { say(problem); }
 }
 

@@ -1,6 +1,7 @@
 // What the keys do.
 
 import {$} from "./dom.js";
+import {findInList} from "./list.js";
 import {LENS, isPaired, layerOf, matricesOf} from "./model.js";
 import {choose, chooseLayer, infoOf, layers, now, tokenIds} from "./state.js";
 
@@ -31,6 +32,7 @@ const KEYS = {  // what is chosen next, or nothing
   ".": () => stepPair(1), ",": () => stepPair(-1),
   t: () => stepToken(1), T: () => stepToken(-1),
   x: () => stepSide(1),
+  "/": () => findInList(),
   "?": () => $("keys").showModal(),
 };
 

@@ -4,23 +4,31 @@ import {followAddress} from "./address.js";
 import {followInChips} from "./chips.js";
 import {dark} from "./colors.js";
 import {followSide} from "./compare.js";
+import {followCounts} from "./counting.js";
 import {followFiles, openFirst} from "./files.js";
+import {followFocus} from "./focus.js";
 import {followHint} from "./hint.js";
 import {followKeys} from "./keys.js";
 import {followInList} from "./list.js";
+import {followInSights} from "./looks.js";
 import {followInMap} from "./map.js";
 import {followInPanels} from "./panels.js";
 import {choose, now} from "./state.js";
+import {followWhere} from "./where.js";
 
 followAddress();
 followSide();
 followInChips();
 followInList();
 followInMap();
+followInSights();
 followInPanels();
 followFiles();
 followKeys();
 followHint();
+followCounts();
+followWhere();
+followFocus();
 
 let resizing;
 function again() {  // drawn for the window and the theme as they are now

@@ -36,7 +36,7 @@ export const partOf = name => name.replace(/^layers\.\d+\./, "");
 export const inLayer = name => layerOf(name) !== undefined;
 const entryOf = name => (inLayer(name) ? LAYER : WHOLE)[partOf(name)];
 export const dimsOf = name => entryOf(name)?.[0] ?? "";
-export const isLens = name => name.startsWith("lens.");
+export const isLens = name => /^(lens|attribution)\./.test(name);  // they stand beside the pass
 
 function placeInPass(name) {
   if (FIRST.includes(name)) return [0, FIRST.indexOf(name), 0];
@@ -97,6 +97,8 @@ export const columnName = name =>
   ({D: "dim", E: "dim", F: "unit", V: "token id", S: "position"})[dimsOf(name).at(-1)] ?? "column";
 
 export const isAttention = name => inLayer(name) && /^attention\.(scores|probs)$/.test(partOf(name));
+const STREAM = /^(tok_embeddings|after_attention|out|attention\.out|feed_forward\.out)$/;
+export const isStream = name => STREAM.test(partOf(name));  // it is the residual stream, or is added to it
 export const isUnits = name => inLayer(name) && /^feed_forward\.(gate|up|hidden)$/.test(partOf(name));
 export const isPaired = (name, shape) =>
   inLayer(name) && /^attention\.[qk](_rotated)?$/.test(partOf(name)) && shape.at(-1) % 2 === 0;

@@ -3,7 +3,7 @@
 const BYTES = {F64: 8, F32: 4, F16: 2, BF16: 2, I64: 8, I32: 4, I16: 2, I8: 1, U8: 1, BOOL: 1};
 const ARRAYS = {F64: Float64Array, F32: Float32Array, I32: Int32Array, I16: Int16Array,
                 I8: Int8Array, U8: Uint8Array, BOOL: Uint8Array};
-const MOST_ROWS = 1000;  // of a batch
+const MASKED = -5e3;  // a score that stands for −∞: e to this is 0 in every number format
 
 function failing(name) {
   return why => { throw new Error(`${name} is not a safetensors file that can be shown: ${why}.`); };
@@ -34,23 +34,15 @@ function jsonOf(text) {
   try { return JSON.parse(text) ?? {}; } catch { return {}; }
 }
 
-async function tokenRows(trace) {  // the token ids of each row of the batch
-  const {shape = []} = trace.tensors.get("tokens") ?? {}, T = shape.at(-1);
-  if (!T) return [[]];
-  const rows = Array.from({length: Math.min(shape.at(-2) ?? 1, MOST_ROWS)}, (_, row) => row);
-  return Promise.all(rows.map(async row => [...await read(trace, "tokens", row * T, T)]));
-}
-
 // A trace: name, blob, tensors (name to dtype, shape, count, start), about (the metadata as strings),
-// params and texts (of token ids) out of it, rows (token ids, by row of the batch).
+// params and texts (of token ids) out of it, rows (token ids, by row of the batch; arrange() reads them),
+// found (the tensors as the file names them and lays them out).
 export async function openTrace(blob, name) {
   const fail = failing(name), {header, start} = await headerOf(blob, fail);
   const {__metadata__: about = {}, ...found} = header, tensors = new Map();
   for (const [key, info] of Object.entries(found)) tensors.set(key, placeOf(key, info, start, blob.size, fail));
   if (!tensors.size) fail("there is no tensor in it");
-  const trace = {name, blob, tensors, about, params: jsonOf(about.params), texts: jsonOf(about.texts)};
-  trace.rows = await tokenRows(trace);
-  return trace;
+  return {name, blob, tensors, found: tensors, about, params: jsonOf(about.params), texts: jsonOf(about.texts), rows: [[]]};
 }
 
 function half(bits) {
@@ -60,19 +52,77 @@ function half(bits) {
 }
 let halves = null;  // the value of each of the 65,536 float16 numbers
 
-// The numbers of a tensor in a typed array: `count` of them from number `first` on.
-export async function read(trace, key, first = 0, count = Infinity) {
-  const {dtype, start, count: all} = trace.tensors.get(key), size = BYTES[dtype];
-  const last = first + Math.min(count, all - first);
-  const bytes = await trace.blob.slice(start + first * size, start + last * size).arrayBuffer();
+async function stored({blob}, {dtype, start}, first, last) {  // numbers as they stand in the file
+  const size = BYTES[dtype], bytes = await blob.slice(start + first * size, start + last * size).arrayBuffer();
   if (dtype === "BF16") {
-    return new Float32Array(Uint32Array.from(new Uint16Array(bytes), bits => bits << 16).buffer);
+    const held = new Uint16Array(bytes), wide = new Uint32Array(held.length);
+    for (let i = 0; i < held.length; i++) wide[i] = held[i] << 16;
+    return new Float32Array(wide.buffer);
   }
   if (dtype === "F16") {
     halves ??= Float32Array.from({length: 65536}, (_, bits) => half(bits));
-    return Float32Array.from(new Uint16Array(bytes), bits => halves[bits]);
+    const held = new Uint16Array(bytes), wide = new Float32Array(held.length);
+    for (let i = 0; i < held.length; i++) wide[i] = halves[held[i]];
+    return wide;
   }
   if (dtype === "I64") return Float64Array.from(new BigInt64Array(bytes), Number);
   const numbers = new ARRAYS[dtype](bytes);
   return dtype.startsWith("F") ? numbers : Float64Array.from(numbers);
+}
+
+function placesOf(axes, first, last) {  // in the file, of numbers first … last of a tensor that is laid out otherwise
+  const factors = axes.flat(), at = [], places = new Float64Array(last - first);
+  let place = 0, rest = first;
+  for (let k = factors.length - 1; k >= 0; k--) {
+    at[k] = rest % factors[k][0];
+    rest = Math.floor(rest / factors[k][0]);
+    place += at[k] * factors[k][1];
+  }
+  for (let i = 0; i < places.length; i++) {
+    places[i] = place;
+    for (let k = factors.length - 1; k >= 0; k--) {
+      place += factors[k][1];
+      if (++at[k] < factors[k][0]) break;
+      place -= at[k] * factors[k][1];
+      at[k] = 0;
+    }
+  }
+  return places;
+}
+
+async function laidOut(trace, info, first, last) {
+  const {axes, offset = 0} = info;
+  if (!axes) return stored(trace, info, offset + first, offset + last);
+  const places = placesOf(axes, first, last);
+  let low = Infinity, high = -1;
+  for (const place of places) {
+    if (place < low) low = place;
+    if (place > high) high = place;
+  }
+  if (high < 0) return new Float32Array(0);
+  const held = await stored(trace, info, offset + low, offset + high + 1);
+  const data = new held.constructor(places.length);
+  for (let i = 0; i < data.length; i++) data[i] = held[places[i] - low];
+  return data;
+}
+
+// A mask of large negative numbers is a mask: later positions that a score hides are −∞.
+function masked(data, first, [rows, cols], info) {
+  for (let i = 0; i < data.length; i++) {
+    if (!(data[i] < MASKED) || data[i] === -Infinity) continue;
+    const at = first + i, col = at % cols, row = Math.floor(at / cols) % rows;
+    if (col <= row + cols - rows) continue;
+    info.mask ??= data[i];
+    data[i] = -Infinity;
+  }
+}
+
+// The numbers of a tensor in a typed array: `count` of them from number `first` on. key: its name, or its
+// entry in trace.tensors, or one like it.
+export async function read(trace, key, first = 0, count = Infinity) {
+  const info = typeof key === "string" ? trace.tensors.get(key) : key;
+  const data = await laidOut(trace, info, first, first + Math.max(0, Math.min(count, info.count - first)));
+  if (info.silu) data.forEach((x, i) => { data[i] = x / (1 + Math.exp(-x)); });
+  if (info.scores) masked(data, first, info.shape.slice(-2), info.scores);
+  return data;
 }

@@ -1,29 +1,27 @@
 // Any tensor as a grid of numbers, one matrix a head, and the table of tokens.
 
-import {legend, rangeOf} from "./colors.js";
-import {$, element, show} from "./dom.js";
+import {dark, legend, rangeOf} from "./colors.js";
+import {element, show} from "./dom.js";
 import {columnName, dimsOf, isAttention, matrixName} from "./model.js";
-import {heat, small, thumbnails} from "./picture.js";
-import {choose, now, quoted, tokenIds, tokenName, values} from "./state.js";
+import {small, thumbnails} from "./picture.js";
+import {chosenRange, sheet} from "./sheet.js";
+import {choose, isDifference, now, pickCell, tokenIds, tokenName, values} from "./state.js";
 
-const MOST_THUMB_ROWS = 96, THUMB = 68, MOST_TOKENS = 5000;
+const THUMB = 68, MOST_TOKENS = 5000, AT_ONCE = 1 << 20;  // numbers that are read at once
 
-async function someRows(name, i, {rows, cols, size}) {  // of a large matrix every few rows
-  const skip = Math.ceil(rows / MOST_THUMB_ROWS);
-  if (skip === 1) return values(name, i * size, size);
-  const some = new Float32Array(Math.ceil(rows / skip) * cols);
-  for (let row = 0; row < rows; row += skip)
-    some.set(await values(name, i * size + row * cols, cols), row / skip * cols);
-  return some;
-}
-
-// Of each matrix one thumbnail. Unsigned ones share the range of the large picture.
-export function headThumbnails({name, shape, layout, still}, range) {
-  return thumbnails({n: layout.n, chosen: now.head, still, label: i => matrixName(name, shape, i),
-    pick: head => choose({head}),
+// A thumbnail of each matrix, in its own colours. They are read some at a time, and drawn once.
+export function headThumbnails({name, shape, layout, still}, {signed}) {
+  const {n, rows, cols, size} = layout, each = Math.max(1, Math.floor(AT_ONCE / size));
+  let first = -1, held = null;
+  return thumbnails({n, chosen: now.head, still, label: i => matrixName(name, shape, i),
+    pick: head => choose({head}), of: `${name} ${now.side} ${shape} ${dark.matches} ${now.traces.map(trace => trace.name)}`,
     draw: async i => {
-      const some = await someRows(name, i, layout), own = range.signed ? rangeOf(some, true) : range;
-      return small(some, some.length / layout.cols, layout.cols, own, THUMB);
+      if (!held || i >= first + each) {
+        first = i;
+        held = await values(name, i * size, Math.min(each, n - i) * size);
+      }
+      const some = held.subarray((i - first) * size, (i - first + 1) * size);
+      return small(some, rows, cols, rangeOf(some, signed), THUMB);
     }});
 }
 
@@ -31,13 +29,14 @@ export const matrixPicture = {
   fits: () => true,
   async draw(view) {
     const {name, layout, picture, still} = view, {rows, cols, size} = layout;
-    const data = await values(name, now.head * size, size), range = rangeOf(data, true);
+    const data = await values(name, now.head * size, size), range = chosenRange(data, true);
     if (!still()) return;
     const skipped = Math.max(0, tokenIds().length - rows);  // of norm, some ports keep the last position only
     const place = i => dimsOf(name) && !isAttention(name) ? tokenName(i + skipped) : `${i}`;
     const words = (i, j, x) => `${place(i)}, ${columnName(name)} ${j}: ${show(x)}`;
     picture.replaceChildren(
-      heat(data, rows, cols, {range, rowName: place, words, mark: now.token - skipped}), legend(range));
+      sheet(view, data, rows, cols, {range, rowName: place, words, mark: now.token - skipped,
+        cell: now.cell, pick: pickCell}), legend(range));
     if (layout.n > 1) await headThumbnails(view, range);
   },
 };
@@ -45,12 +44,19 @@ export const matrixPicture = {
 export const tokensPicture = {
   fits: ({name}) => name === "tokens" && tokenIds().length > 0,
   draw({picture}) {
-    const heads = ["position", "id", "text"].map(text => element("th", {}, text));
-    const table = element("table", {}, element("tr", {}, ...heads));
-    tokenIds().slice(0, MOST_TOKENS).forEach((id, i) => {
-      const cells = [`${i}`, `${id}`, quoted(id)].map(text => element("td", {}, text));
-      table.append(element("tr", {}, ...cells));
-    });
-    picture.replaceChildren(element("div", {className: "wide"}, table));
+    const traces = isDifference() ? now.traces : [now.traces[now.side]], lists = traces.map(({rows}) => rows[now.row] ?? rows[0]);
+    const names = traces.flatMap(({name}) => traces.length > 1 ? [`id in ${name}`, `text in ${name}`] : ["id", "text"]);
+    const table = element("table", {}, element("tr", {}, ...["position", ...names].map(text => element("th", {}, text))));
+    const most = Math.min(MOST_TOKENS, Math.max(...lists.map(ids => ids.length)));
+    for (let i = 0; i < most; i++) {
+      const cells = lists.flatMap((ids, n) => i in ids ? [`${ids[i]}`, tokenName(i, ids, traces[n])] : ["", ""]);
+      const row = element("tr", {onclick: () => pickCell(now.row, i)},
+        ...[`${i}`, ...cells].map(text => element("td", {}, text)));
+      row.setAttribute("aria-selected", now.cell?.[1] === i);
+      if (lists.some(ids => ids[i] !== lists[0][i])) row.className = "differs";
+      table.append(row);
+    }
+    picture.replaceChildren(isDifference() ? element("p", {}, "Ids are the same or not; where they are not, the row is marked.")
+      : "", element("div", {className: "wide"}, table));
   },
 };
