@@ -6,7 +6,8 @@ layouts: other people's checkpoints · naming, config, archives, gguf_file: thei
 vocabulary: their tokenizers · template_worker: their chat templates · remote: checkpoints in a bucket ·
 inside: breakpoints, traces, probes · lens: what a trace says beside the pass · view: traces as a page ·
 eager, compiled, rewritings: how a machine is made fast · parallel: several processes, one model ·
-files: whole or not there · programs: how a program begins and ends. Arrows go one way: these import the script.
+files: whole or not there · programs: how a program begins and ends. Arrows go one way: these import the
+script.
 """
 
 import errno
