@@ -107,9 +107,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--max-new-tokens",
         metavar="N",
-        default=100,
         type=int,
-        help="default 100; 0: only the prompt's pass",
+        help="default 100, with --chat 1000; 0: only the prompt's pass",
     )
     add(
         "--temperature",
@@ -203,6 +202,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.prompt, args.system = as_utf8(args.prompt), as_utf8(args.system)
     wrong = parser.error
+    if args.max_new_tokens is None:
+        args.max_new_tokens = 1000 if args.chat else 100
     for flag, (low, high) in RANGES.items():
         value = getattr(args, flag)
         if value is not None and not low <= value <= high:
@@ -339,7 +340,7 @@ def answer(
     if args.show != "none":
         show_next(logits, tokenizer)
 
-    if not args.chat and sys.stdout.isatty() and sys.stderr.isatty():
+    if args.max_new_tokens and not args.chat and sys.stdout.isatty() and sys.stderr.isatty():
         prompt = for_screen(tokenizer.decode(ids[len(vars(tokenizer)["begin"]) :]), sys.stderr)
         if len(prompt) > 1000:
             prompt = f"… {prompt[-300:]}"
@@ -393,7 +394,9 @@ def given_prompts(args: argparse.Namespace) -> dict[int, str] | None:
         raise ValueError(f"--prompts {args.prompts}: no prompt is in it; it takes one a line")
     if empty:
         listed = ", ".join(empty[:5]) + " …" * (len(empty) > 5)
-        note = f"--prompts: {plural(len(empty), 'empty line')} skipped (line {listed})"
+        skipped = plural(len(empty), "empty line")
+        lines_said = "line" if len(empty) == 1 else "lines"
+        note = f"--prompts: {skipped} skipped ({lines_said} {listed})"
         print(note, file=sys.stderr)
     return prompts
 

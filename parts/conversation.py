@@ -23,7 +23,7 @@ from typing import Any
 import tiktoken
 
 import llama3_from_scratch as llama
-from parts import printable, processes
+from parts import printable, processes, reason
 from parts.chat import Messages, prompt_ids
 from parts.files import local_path, written_whole
 from parts.programs import say_error
@@ -182,6 +182,14 @@ def typed_prompts(read: Read, readline: Any, presses: list[int]) -> Iterator[str
 # ------------------------------------------------------------------------------------ commands
 
 
+def check_utf8(name: str, text: str) -> None:
+    """ValueError for a text with bytes that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name}: the text is not valid UTF-8") from None
+
+
 def obey(line: str, talk: dict[str, Any], args: argparse.Namespace, read: Read) -> bool:
     """Does what a /command says. Returns whether the conversation goes on. ValueError for a mistake."""
     name = line.split()[0]
@@ -202,6 +210,7 @@ def obey(line: str, talk: dict[str, Any], args: argparse.Namespace, read: Read) 
         told = "nothing" if args.system is None else args.system
         print(f"[the assistant is told first: {printable(told)}]", file=sys.stderr)
     elif name == "/system":
+        check_utf8(name, rest)
         args.system = rest
     if name == "/reset" or name == "/system" and rest:
         talk["said"], talk["messages"] = [], []
@@ -260,7 +269,7 @@ def save(given: str, talk: dict[str, Any], args: argparse.Namespace, read: Read)
             with written_whole(path) as part:
                 part.write_text(as_text(messages, weights, path.suffix.lower()), encoding="utf-8")
         except OSError as problem:
-            raise ValueError(f"{path}: cannot be written ({problem.strerror})") from None
+            raise ValueError(f"{path}: cannot be written ({reason(problem)})") from None
     print(f"[{printable(path)}: {len(messages)} messages]", file=sys.stderr)
 
 

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 import llama3_from_scratch as llama
-from parts import first_line, lens, printable, processes, vocabulary
+from parts import first_line, lens, printable, processes, reason, vocabulary
 from parts.files import openable, written_whole
+from parts.progress import progress
 from parts.table import chosen, tokens_at
 
 
@@ -198,7 +199,8 @@ def forward_with_breakpoints(
     def stop_at(name: str, dims: str, x: Tensor, variable: str, positions: Tensor | None) -> bool:
         if not chosen(name, patterns):
             return False
-        more = [] if positions is None else [tokens_at(positions)]
+        one_token = dims.split()[1:2] == ["1"]  # norm and logits of the last one
+        more = [] if positions is None or one_token else [tokens_at(positions)]
         say_stop(name, dims, x, params["n_layers"], *more, f"in the variable {variable}")
         return True
 
@@ -246,6 +248,8 @@ def traced(tokens: Tensor, model: llama.Model, only: Iterable[str] = ()) -> dict
         stream = dims == "B T D"  # process 0 writes the file; the others need no more for the lens
         if (rank == 0 and asked(name)) or (name in for_lens and (rank == 0 or stream)):
             keep(name, dims, tensor)
+        if re.fullmatch(r"layers\.\d+\.out", name):
+            advance(1)
         return tensor
 
     probe: llama.Probe = kept
@@ -256,9 +260,11 @@ def traced(tokens: Tensor, model: llama.Model, only: Iterable[str] = ()) -> dict
     last = None
     if not (chosen("norm", which) or chosen("logits", which)):  # large, and not asked for
         last = torch.full_like(tokens[:, 0], tokens.shape[1] - 1)
-    logits = llama.forward(tokens, weights, params, last=last, probe=probe)
+    with progress("tracing", params["n_layers"], "layer") as advance:
+        logits = llama.forward(tokens, weights, params, last=last, probe=probe)
     check_finite(logits, weights)
-    beside = lens.beside_the_pass(trace, weights, params, which)
+    with progress("what each layer would say"):
+        beside = lens.beside_the_pass(trace, weights, params, which)
     return {name: x for name, x in trace.items() if asked(name)} | beside
 
 
@@ -270,7 +276,7 @@ def check_place(path: str | Path) -> None:
             raise ValueError(f"{path}: the trace would take the place of something else")
         tempfile.TemporaryFile(dir=target.parent).close()
     except OSError as problem:
-        raise ValueError(f"{path}: cannot be written ({problem.strerror})") from None
+        raise ValueError(f"{path}: cannot be written ({reason(problem)})") from None
 
 
 def save_trace(

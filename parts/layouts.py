@@ -26,7 +26,7 @@ from torch import Tensor
 
 import llama3_from_scratch as llama
 from llama3_from_scratch import Params, Weights
-from parts import archives, config, eager, first_line, printable, processes, span
+from parts import archives, config, eager, first_line, printable, processes, reason, span
 from parts.files import openable, read_text
 from parts.naming import (
     ADAPTER,
@@ -73,8 +73,8 @@ def explain(path: Path, expected: str, problem: object) -> ValueError:
         return ValueError(f"{path}: expected {expected}, found {kind}")
     try:
         found = explained(path)
-    except OSError as reason:
-        return ValueError(f"{path}: cannot be read ({reason.strerror})")
+    except OSError as denied:
+        return ValueError(f"{path}: cannot be read ({reason(denied)})")
     found = found or f"one that is damaged or cut short ({first_line(problem)})"
     return ValueError(f"{path}: expected {expected}, found {found}")
 
@@ -842,7 +842,8 @@ def load_model(
     """
     started = time.perf_counter()
     where = printable(short(path))
-    with progress(f"opening {where}"):
+    short_name = printable(Path(where).name)
+    with progress(f"opening {short_name}"):
         params, shards, tokenizer, convert, words = open_checkpoint(
             path, rope_scaling_factor, cache_dir
         )
@@ -877,7 +878,7 @@ def load_model(
         return w
 
     total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
-    with progress(f"reading {where}", total if N == 1 else 0, "B") as advance:
+    with progress(f"reading {short_name}", total if N == 1 else 0, "B") as advance:
         if N > 1:
             weights = parallel.load_share(shards, own, device, dtype, convert)
         else:

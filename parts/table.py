@@ -53,7 +53,8 @@ def width_of(stream: Any) -> int:
         found = os.get_terminal_size(stream.fileno()).columns
     except (OSError, ValueError):  # a test's
         found = 0
-    return int(os.environ.get("COLUMNS", "0") or 0) or found or 80
+    asked = os.environ.get("COLUMNS", "")
+    return (int(asked) if asked.isdecimal() else 0) or found or 80
 
 
 ESCAPE = re.compile("\x1b\\[[0-9;]*m")

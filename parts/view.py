@@ -18,7 +18,7 @@ import safetensors
 from torch import Tensor
 
 import llama3_from_scratch as llama
-from parts import printable, processes
+from parts import printable, processes, reason
 from parts.files import written_whole
 from parts.inside import place_of, save_tensors, save_trace
 
@@ -59,7 +59,7 @@ def with_traces(traces: list[tuple[str, bytes]]) -> str:
     try:
         page = VIEWER.read_text(encoding="utf-8")
     except OSError as problem:
-        raise ValueError(f"{VIEWER}: cannot be read ({problem.strerror})") from None
+        raise ValueError(f"{VIEWER}: cannot be read ({reason(problem)})") from None
     given = dict(zip("ab", traces))
 
     def filled(slot: re.Match[str]) -> str:
@@ -126,7 +126,7 @@ def place_for_page(path: str | Path) -> Path:
             raise ValueError(f"{path}: the page would take the place of something else")
         tempfile.TemporaryFile(dir=target.parent).close()
     except OSError as problem:
-        raise ValueError(f"{path}: cannot be written ({problem.strerror})") from None
+        raise ValueError(f"{path}: cannot be written ({reason(problem)})") from None
     return target
 
 
@@ -143,7 +143,7 @@ def write_page(path: str | Path, page: str) -> Path:
         with written_whole(target) as part:
             part.write_text(page, encoding="utf-8")
     except OSError as problem:
-        raise ValueError(f"{path}: cannot be written ({problem.strerror})") from None
+        raise ValueError(f"{path}: cannot be written ({reason(problem)})") from None
     return target
 
 
@@ -186,4 +186,6 @@ def view(
     if left_out:
         words += f", without {', '.join(left_out)} (--save-trace FILE keeps all)"
     opened = open_in_browser(target)
-    print(words if opened else f"{words}; open {target.as_uri()}", file=sys.stderr)
+    print(words, file=sys.stderr)
+    if not opened:  # on a line of its own, so that nothing breaks it
+        print(target.as_uri(), file=sys.stderr)

@@ -538,7 +538,7 @@ def test_prompts_skip_empty_lines_and_stream(script, terminal, at_once, monkeypa
     flags = ("--max-new-tokens", 12)
     result = script("--prompts", "-", *flags, input=given)
     assert result.returncode == 0
-    assert result.stderr.splitlines()[0] == "--prompts: 2 empty lines skipped (line 1, 3)"
+    assert result.stderr.splitlines()[0] == "--prompts: 2 empty lines skipped (lines 1, 3)"
     answers = [json.loads(line) for line in result.stdout.splitlines()]
     lines = given.split("\n")
     assert sorted(lines[answer["index"]] for answer in answers) == sorted(sample.splitlines())
