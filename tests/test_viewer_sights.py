@@ -351,6 +351,10 @@ def test_zoom_range_and_line(page, held):
     page.wait_for_selector("#tools button:has-text('whole')")
     page.dblclick("#picture canvas")
     page.wait_for_selector("#tools button:has-text('whole')", state="detached")
+    page.click(
+        "#tokens button >> nth=4"
+    )  # the click in the middle has chosen a number, and its token
+    page.wait_for_selector("#picture[aria-busy=false]")
 
     reach = page.locator("#tools input")
     largest = float(x.abs().max())
