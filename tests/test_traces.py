@@ -39,7 +39,7 @@ def test_a_trace_of_what_was_generated(partial, script, tmp_path):
     said = script("Once upon a time", *QUIET, "--max-new-tokens", 20).stdout
     trace, about = load_file(partial), metadata(partial)
     names = {f"layers.{i}.attention.probs" for i in range(4)}
-    assert trace.keys() == names | {"tokens", "lens.ids", "lens.probs"}
+    assert trace.keys() == names | {"tokens", *lens.LENS, *lens.HEAD}
     weights, params, tokenizer = llama.load_model(dtype="float32")
     ids = trace["tokens"][0].tolist()
     n = int(about["prompt_tokens"])

@@ -346,13 +346,8 @@ def test_a_phone(open_page, scheme):
         small = page.evaluate(
             """() => [...document.querySelectorAll('button, select, input:not([type=file])')]
             .filter(x => x.checkVisibility()).map(x => x.type === "checkbox" ? x.closest("label") : x)
-<<<<<<< HEAD
-            .filter(x => x.getBoundingClientRect().width < 40 || x.getBoundingClientRect().height < 40)
-            .map(x => x.outerHTML)"""
-=======
             .map(x => [x.getBoundingClientRect(), x]).filter(([box]) => box.width < 40 || box.height < 40)
             .map(([, x]) => x.outerHTML)"""
->>>>>>> w-vint
         )
         assert not small, (name, small[:2])
         outside = page.evaluate(
