@@ -1,4 +1,4 @@
-"""tools/viewer.html in a real browser. `python tests/test_viewer.py` takes the README's pictures of it."""
+"""tools/viewer.html in a real browser. `PYTHONPATH=. python tests/test_viewer.py` takes the README's pictures of it."""
 
 import functools
 import http.server
