@@ -257,8 +257,15 @@ def peak_memory(device: str) -> float:
 
 
 def quoted(tokenizer: Any, token: int) -> str:
-    """A token's text in quotes, as one would type it in Python; cut if it is long."""
-    return printable(repr(tokenizer.decode([token])), 100)
+    """A token's text in quotes, as one would type it in Python; cut if it is long.
+
+    A token may be a part of a letter: then its bytes.
+    """
+    piece = vocabulary.piece(tokenizer, token)
+    try:
+        return printable(repr(piece.decode()), 100)
+    except UnicodeDecodeError:
+        return repr(piece)
 
 
 def show_prompt(ids: list[int], cached: int, tokenizer: Any) -> None:
@@ -266,7 +273,8 @@ def show_prompt(ids: list[int], cached: int, tokenizer: Any) -> None:
     pieces = [f"{token} {quoted(tokenizer, token)}" for token in ids[cached:][:64]]
     if len(ids) - cached > 64:
         pieces.append("…")
-    pieces.insert(0, f"prompt of {plural(len(ids), 'token')}:")
+    known = f", {cached:,} of them known from before" if cached else ""
+    pieces.insert(0, f"prompt of {plural(len(ids), 'token')}{known}:")
     print(folded(pieces, "  ", width_of(sys.stderr)), file=sys.stderr)
 
 

@@ -1,4 +1,7 @@
-"""tools/viewer.html in a real browser. `PYTHONPATH=. python tests/test_viewer.py` takes the README's pictures of it."""
+"""tools/viewer.html in a real browser.
+
+`PYTHONPATH=. python tests/test_viewer.py` takes the README's pictures of it.
+"""
 
 import functools
 import http.server
