@@ -224,7 +224,7 @@ def read_map(given: str) -> dict[str, str]:
     """A file's object from their names to the script's. ValueError in one line."""
     try:
         if not local_path(given).is_file():
-            raise ValueError("no such file")
+            raise ValueError("not a file" if Path(given).exists() else "no such file")
         names = json.loads(read_text(local_path(given)))
         if not isinstance(names, dict) or not all(isinstance(x, str) for x in names.values()):
             raise ValueError("expected an object from their names to ours")
