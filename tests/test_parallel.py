@@ -419,7 +419,7 @@ def test_a_conversation_at_a_terminal():
     code, out, err, _ = finished(process)
     os.close(terminal)
     assert code == 0, err
-    assert "Zoe" in out.splitlines()[-1] and err.count("type a prompt") == 1
+    assert "Zoe" in out.splitlines()[-1] and err.count("Ctrl-D ends") == 1
 
 
 def test_trace_is_that_of_one_process(script, folders, forks, tmp_path):
