@@ -454,7 +454,7 @@ def test_one_clear_line(tmp_path, checkpoint, forks):
     flags = ("Hi", "--sho", "all")
     code, out, err, errors = finished(torchrun(4, SCRIPT, *flags), within=60)
     assert code != 0 and not out and len(errors) == 1, err
-    assert "unrecognized arguments: --sho all (--help shows what there is)" in errors[0]
+    assert "unrecognized arguments: --sho all (is --show meant?)" in errors[0]
     for flags, message in (
         (("Hi", "--weights", tmp_path / "nothing"), "nothing: no such file or folder"),
         (
