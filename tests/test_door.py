@@ -999,7 +999,9 @@ def test_unreadable_files(checkpoint, script, monkeypatch, name):
     monkeypatch.setattr("builtins.open", denied)
     if name.endswith(".pth"):
         monkeypatch.setattr(torch, "load", lambda path, **_: denied(path))
-    assert f"{name}: cannot be read (Permission denied)" in error_of(script, folder)
+    assert f"{name}: cannot be read (may not be read or written by this user)" in error_of(
+        script, folder
+    )
 
 
 @pytest.mark.parametrize(

@@ -284,9 +284,9 @@ def test_a_model_by_its_name(hub, download, script, monkeypatch, tmp_path):
     folder = tmp_path / "weights" / "smollm2-135m-instruct"
     assert download("smollm2-135m-instruct", "--to", folder).returncode == 0
     run = script(*ask, "--chat")
-    assert run.returncode == 0 and run.stderr.startswith(
-        "smollm2-135m-INSTRUCT: Hugging Face layout"
-    )
+    lines = run.stderr.splitlines()
+    assert run.returncode == 0 and lines[0].startswith("smollm2-135m-INSTRUCT: dim 64, 3 layers")
+    assert lines[1].startswith("Hugging Face layout")
     (folder / "model.safetensors.123.part").write_bytes(b"")
     assert script(*ask).stderr == f"{name} whole yet; {says}"
     (tmp_path / "smollm2-135m-INSTRUCT").mkdir()  # a folder of that name comes first
