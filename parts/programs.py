@@ -148,9 +148,12 @@ def run_program(work: Callable[[], int | None], stopped: str = "") -> int:
 
 
 def behind(problem: BaseException | None) -> BaseException | None:
-    """The KeyboardInterrupt or SystemExit that an error came of, if one did: in torch.save, for one."""
+    """The KeyboardInterrupt or SystemExit that an error came of, if one did: in torch.save, for one.
+
+    Not where a program says the error itself (`raise … from`): of somebody's sys.exit() in a cell.
+    """
     while problem is not None and not isinstance(problem, (KeyboardInterrupt, SystemExit)):
-        problem = problem.__context__
+        problem = problem.__context__ if problem.__cause__ is None else None
     return problem
 
 

@@ -569,7 +569,9 @@ def test_ctrl_c_at_any_moment(tool):
         time.sleep(after)
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
-        assert process.returncode in (0, 130) and "Traceback" not in err and "rror" not in err, err
+        assert "Traceback" not in err and "rror" not in err, err
+        # in its last moment Python itself has let go of all signals
+        assert process.returncode in (0, 130, -signal.SIGINT)
 
 
 def test_without_docstrings_and_asserts():

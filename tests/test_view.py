@@ -85,7 +85,7 @@ def test_view_says_what_is_wrong(tmp_path, capsys, monkeypatch):
     for flags, says in (
         (["--view", "Once upon"], "--view Once upon: a file that ends in .html; the prompt stands"),
         (["a", "--view", str(tmp_path / "mine.html")], "would take the place of something else"),
-        (["a", "--view", str(tmp_path / "no/p.html")], "cannot be written (No such file or dir"),
+        (["a", "--view", str(tmp_path / "no/p.html")], "cannot be written (no such file or folder"),
         (["--prompts", "x", "--view"], "--prompts goes without a prompt, --break-at, --save-trace"),
     ):
         assert llama.main([*flags, *QUIET]) == 2
