@@ -23,6 +23,7 @@ from parts.inside import (
     check_finite,
     check_names,
     check_place,
+    forward_with_breakpoints,
     not_finite,
     save_trace,
 )
@@ -533,8 +534,6 @@ def run(args: argparse.Namespace) -> None:
 
     watched = None
     if args.break_at:
-        from parts.inside import forward_with_breakpoints
-
         watched = forward_with_breakpoints(llama.forward, args.break_at, params)
     how = functools.partial(
         answer, model=model, args=args, prefill=prefill, watched=watched, go_on=told, ready=ready
@@ -562,7 +561,7 @@ def trace(
     if args.view is not None:
         from parts.view import view
 
-        view(args.view, tokens, model, about, args.trace_only)
+        view(args.view, tokens, model, about, args.trace_only, args.save_trace)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -6,7 +6,6 @@ written of it stays a part of the conversation; a question that was still being 
 
 import argparse
 import contextlib
-import difflib
 import importlib
 import itertools
 import json
@@ -26,7 +25,7 @@ import llama3_from_scratch as llama
 from parts import printable, processes, reason
 from parts.chat import Messages, prompt_ids
 from parts.files import local_path, written_whole
-from parts.programs import say_error
+from parts.programs import nearest, say_error
 
 Read = Callable[[str], str | None]  # asks with some words: what was typed, None at the end
 COMMANDS = {
@@ -195,8 +194,8 @@ def obey(line: str, talk: dict[str, Any], args: argparse.Namespace, read: Read) 
     name = line.split()[0]
     rest = line[len(name) :].strip()
     if name not in NAMES:
-        near = difflib.get_close_matches(name.lower(), NAMES, 1, 0.5)
-        advice = f"is it {near[0]}?" if near else "/help shows what there is."
+        near = nearest(name.lower(), NAMES)
+        advice = f"is it {near}?" if near else "/help shows what there is."
         raise ValueError(f"{name}: no such command; {advice} A space before it sends it as text")
     if rest and name not in ("/system", "/save"):
         raise ValueError(f"{name} stands alone; found {rest!r} behind it")

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import safetensors
@@ -268,15 +268,21 @@ def traced(tokens: Tensor, model: llama.Model, only: Iterable[str] = ()) -> dict
     return {name: x for name, x in trace.items() if asked(name)} | beside
 
 
-def check_place(path: str | Path) -> None:
-    """ValueError if no trace can be written there: better known before the work than after it."""
+def check_place(
+    path: str | Path, ours: Callable[[Path], bool] = is_trace, what: str = "trace"
+) -> Path:
+    """Where a trace can be written, or what else `ours` knows; ValueError if it cannot.
+
+    Better known before the work than after it.
+    """
     target = place_of(path)
     try:
-        if target.exists() and not (target.is_file() and is_trace(target)):
-            raise ValueError(f"{path}: the trace would take the place of something else")
+        if target.exists() and not (target.is_file() and ours(target)):
+            raise ValueError(f"{path}: the {what} would take the place of something else")
         tempfile.TemporaryFile(dir=target.parent).close()
     except OSError as problem:
         raise ValueError(f"{path}: cannot be written ({reason(problem)})") from None
+    return target
 
 
 def save_trace(

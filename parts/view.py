@@ -20,7 +20,7 @@ from torch import Tensor
 import llama3_from_scratch as llama
 from parts import printable, processes, reason
 from parts.files import written_whole
-from parts.inside import place_of, save_tensors, save_trace
+from parts.inside import check_place, save_tensors, save_trace
 
 VIEWER = Path(__file__).resolve().parents[1] / "tools" / "viewer.html"
 MARK = '<meta name="generator" content="llama3_from_scratch viewer">'
@@ -107,9 +107,10 @@ def trace_for_page(path: Path, most: int = MOST) -> tuple[bytes, list[str]]:
         if not left_out:
             return path.read_bytes(), []
         kept: dict[str, Tensor] = {name: file.get_tensor(name) for name in names}
-    smaller = path.with_name("smaller.safetensors")
-    save_tensors(smaller, kept, about | {"left_out": ", ".join(left_out)})
-    return smaller.read_bytes(), left_out
+    with tempfile.TemporaryDirectory() as folder:
+        smaller = Path(folder) / "smaller.safetensors"
+        save_tensors(smaller, kept, about | {"left_out": ", ".join(left_out)})
+        return smaller.read_bytes(), left_out
 
 
 def bytes_of(tensor: Any) -> int:
@@ -120,14 +121,7 @@ def bytes_of(tensor: Any) -> int:
 
 def place_for_page(path: str | Path) -> Path:
     """Where a page can be written. ValueError if it cannot, or if something else is there."""
-    target = place_of(path)
-    try:
-        if target.exists() and not (target.is_file() and is_page(target)):
-            raise ValueError(f"{path}: the page would take the place of something else")
-        tempfile.TemporaryFile(dir=target.parent).close()
-    except OSError as problem:
-        raise ValueError(f"{path}: cannot be written ({reason(problem)})") from None
-    return target
+    return check_place(path, is_page, "page")
 
 
 def is_page(path: Path) -> bool:
@@ -165,17 +159,19 @@ def view(
     model: llama.Model,
     about: dict[str, str],
     only: Iterable[str] = (),
+    saved: str | None = None,
 ) -> None:
     """Writes a page with the trace of one pass over tokens (B T), and opens it where there is a browser.
 
-    about, only: as for save_trace.
+    about, only: as for save_trace. saved: where that has written this trace, if it has.
     """
     if processes()[0] == 0:
         place_for_page(path)  # better known before the pass than after it
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "trace.safetensors"
-        with contextlib.redirect_stderr(io.StringIO()):  # it speaks of a file that nobody will see
-            save_trace(str(file), tokens, model, about, only)
+        file = Path(saved or Path(folder) / "trace.safetensors")
+        if saved is None:
+            with contextlib.redirect_stderr(io.StringIO()):  # of a file that nobody will see
+                save_trace(str(file), tokens, model, about, only)
         if processes()[0] > 0:  # process 0 writes
             return
         content, left_out = trace_for_page(file)
