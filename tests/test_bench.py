@@ -4,6 +4,7 @@ import contextlib
 import importlib.metadata
 import inspect
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from conftest import ROOT
 
 import llama3_from_scratch as llama
+from parts import compiled
 from tools import bench, bench_gpu
 
 TINY = ROOT / "weights/tiny"
@@ -157,3 +159,11 @@ def test_a_gpu_that_is_not_there(monkeypatch, capsys):
     assert "no CUDA GPU" in capsys.readouterr().err
     with pytest.raises(ValueError, match="GPT_FAST"):
         bench_gpu.run(["--device", "cpu", "--peers", "gpt-fast"])
+
+
+def test_the_command_lines_own_words_are_understood(capsys):
+    compiled.first_call("the step", lambda: torch.zeros(1))
+    assert llama.main(["Once upon a time", "--max-new-tokens", "9", "--show", "none"]) == 0
+    said = capsys.readouterr().err
+    assert bench_gpu.printed(said)["compiled_s"] == [0]
+    assert bench_gpu.printed(re.sub(r", [\d.]+/s; peak", ", 1,071/s; peak", said))["tok_s"] == 1071

@@ -222,12 +222,16 @@ def ours_command_line(name, device):
         said = heard.getvalue()
         if code:
             raise ValueError(said[-300:])
-        return {
-            "tok_s": float(re.search(r"decode \d+ tokens, ([\d.]+)", said)[1]),
-            "compiled_s": [float(s) for s in re.findall(r"compiling[^:]*: ([\d.]+) s", said)],
-        }
+        return printed(said)
 
     return {"run": run}
+
+
+def printed(said):
+    """Of what the command line prints: tokens a second, and the seconds of each thing that was compiled."""
+    rate = re.search(r"decode .*?, ([\d,.]+)/s", said)[1]
+    seconds = re.findall(r"^compiled .* in (\d+) s", said, re.MULTILINE)
+    return {"tok_s": float(rate.replace(",", "")), "compiled_s": [int(s) for s in seconds]}
 
 
 def gpt_fast(name, device):
