@@ -82,6 +82,7 @@ def smollms_files(folder):
         "tokenizer_config.json": config,
         "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2},
         "special_tokens_map.json": {"bos_token": "<|im_start|>"},
+        "added_tokens.json": {},
     }.items():
         files[name] = json.dumps(content).encode()
     return files

@@ -53,7 +53,7 @@ MODELS = {  # name: repository, GB
 # What the script reads of a repository in Hugging Face's layout. What else is there (onnx/, …) is left.
 HUGGING_FACE = (
     "config.json generation_config.json model.safetensors model.safetensors.index.json tokenizer.json "
-    "tokenizer_config.json chat_template.jinja special_tokens_map.json"
+    "tokenizer_config.json chat_template.jinja special_tokens_map.json added_tokens.json"
 ).split()
 
 
