@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 if vars(sys.modules["__main__"]) is globals():  # run, not imported, and not inside a profiler
-    sys.modules["llama3_from_scratch"] = sys.modules["__main__"]  # what parts/ import is this copy
+    sys.modules["llama3_from_scratch"] = sys.modules["__main__"]  # parts/ import this very copy
     if "IPython" not in sys.modules:
         signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # quiet also while torch is imported
 with warnings.catch_warnings():
@@ -61,12 +61,12 @@ Dtype = torch.dtype | None  # a number format, or that of the file
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 HERE = Path(__file__).resolve().parent
 TINY = HERE / "weights" / "tiny"
-near = importlib.util.find_spec("parts")  # what this file takes in, if it is there
-PARTS = near is not None and Path(str(near.origin)).resolve().parent == (HERE / "parts").resolve()
+spec = importlib.util.find_spec("parts")  # the package of this name that Python would import
+PARTS = spec is not None and Path(str(spec.origin)).resolve().parent == (HERE / "parts").resolve()
 
 # ---------------------------------------------------------------------------------- the checkpoint
-SHARD_AXIS = dict.fromkeys("tok_embeddings output wq wk wv w1 w3".split(), 0)
-SHARD_AXIS |= {"wo": 1, "w2": 1}  # does Meta cut a matrix into shards by rows, 0, or by columns, 1?
+# The axis along which Meta cuts a matrix into shards: 0, its rows, or 1, its columns.
+SHARD_AXIS = dict.fromkeys("tok_embeddings output wq wk wv w1 w3".split(), 0) | {"wo": 1, "w2": 1}
 # What must params.json hold? What stands for what it leaves out? (0: see fill_params, or unused.)
 REQUIRED = ("dim", "n_layers", "n_heads", "vocab_size")
 DEFAULTS = {
@@ -84,12 +84,12 @@ def fill_params(given: Params, source: object = "params") -> Params:
     """
     params = DEFAULTS | {key: value for key, value in given.items() if value is not None}
     for key in [*REQUIRED, *params]:
-        value: Any = params.get(key)
-        known = key in REQUIRED or key in DEFAULTS
-        right_kind = type(value) in (int, type(DEFAULTS.get(key, 0)))
-        largest = {"n_layers": 1000}.get(key, 10**12)  # weight_shapes makes a list of all layers
-        if not (known and right_kind and (0 < value <= largest or value == DEFAULTS.get(key))):
-            found = "missing" if value is None else repr(value)[:40]
+        value: Any = params.get(key, 0)
+        default = DEFAULTS.get(key)
+        largest = {"n_layers": 1000, "use_scaled_rope": 1}.get(key, 10**12)
+        fits = type(value) in (int, type(default)) and (0 < value <= largest or value == default)
+        if not fits or key not in (*REQUIRED, *DEFAULTS):
+            found = repr(value)[:40] if key in params else "missing"
             raise ValueError(f"{source}: {key} is {found}, which does not make a Llama 3")
     D, H = params["dim"], params["n_heads"]
     # SwiGLU has three matrices where others have two: 2/3 of the usual 4 D units, then rounded up.
@@ -130,7 +130,7 @@ def open_pth(path: Path) -> Weights:
         said = str(problem).partition(". ")[0]
         raise ValueError(f"{path}: not a PyTorch checkpoint, or cut short ({said})") from None
     wrong = f"{path}: expected a dict of tensors, but"
-    if not isinstance(shard, dict) or {*map(type, shard)} - {str}:
+    if not isinstance(shard, dict) or not all(type(name) is str for name in shard):
         raise ValueError(f"{wrong} the file holds a {type(shard).__name__} without names")
     for name, w in shard.items():
         if not isinstance(w, Tensor):
@@ -154,13 +154,13 @@ def load_weights(
     """
     weights: Weights = {}
     for name, shape in weight_shapes(params).items():
-        slices = [shard.get(name, torch.empty(0)) for shard in shards.values()]
-        if name == "output.weight" and not any(map(len, slices)):  # the head is the embedding
-            slices = [weights["tok_embeddings.weight"]]
-        found = [tuple(part.shape) for part in slices]
-        if len({*found}) != 1 or (w := join(name, slices)).shape != shape:
-            raise ValueError(f"{name}: expected shape {shape}, found {found} in the shards")
-        dtype = dtype or w.dtype  # that of the first, the embedding
+        slices = [shard.get(name, torch.empty(0)) for shard in shards.values()]  # empty: missing
+        if name == "output.weight" and all(part.numel() == 0 for part in slices):
+            slices = [weights["tok_embeddings.weight"]]  # the head is the embedding
+        sizes = [tuple(part.shape) for part in slices]
+        if len({*sizes}) != 1 or (w := join(name, slices)).shape != shape:
+            raise ValueError(f"{name}: expected shape {shape}, found {sizes} in the shards")
+        dtype = dtype or w.dtype  # if none was asked for, the embedding's is everyone's
         weights[name] = w.to(device=device, dtype=dtype)
     return weights
 
@@ -170,11 +170,11 @@ def make_tokenizer(ranks: dict[bytes, int], source: object) -> tiktoken.Encoding
     """A tiktoken Encoding: these ranks, then the special tokens (Meta's llama3/tokenizer.py)."""
     every_byte = {bytes([b]) for b in range(256)}
     if {*ranks.values()} != {*range(len(ranks))} or not ranks.keys() >= every_byte:
-        raise ValueError(f"{source}: not one for each byte or not one for each rank ({len(ranks)})")
+        raise ValueError(f"{source}: not one token for each byte, or rank ({len(ranks)})")
     names = (
         "begin_of_text end_of_text reserved_special_token_0 reserved_special_token_1 "
         "finetune_right_pad_id step_id start_header_id end_header_id eom_id eot_id python_tag image"
-    ).split()
+    ).split()  # numbers 0 to 11; at 1, 8 and 9 a text stops
     names += [f"reserved_special_token_{n}" for n in range(2, 246)]
     tokenizer = tiktoken.Encoding(
         name=str(source),
@@ -202,7 +202,7 @@ def load_tokenizer(path: str | Path) -> tiktoken.Encoding:
 
 
 def encode(tokenizer: tiktoken.Encoding, text: str) -> list[int]:
-    """Token ids of a text, cut as Meta cuts it lest tiktoken crash. None is of a special token."""
+    """Token ids of a text, cut as Meta cuts it lest tiktoken crash. "<|eot_id|>" is but text."""
     ids = []
     for part in (text[n : n + 400_000] for n in range(0, len(text), 400_000)):
         cuts = [run.end() for run in re.finditer(r"\S{25000}(?=\S)|\s{25000}(?=\s)", part)]
@@ -223,7 +223,7 @@ def stop_ids(tokenizer: tiktoken.Encoding) -> list[int]:
 
 # ---------------------------------------------------------------------------- the heart: the model
 def project(x: Tensor, w: Tensor) -> Tensor:
-    """x (B T D) times a matrix: w (F D) gives B T F; w (H E D), a matrix a head, gives B H T E."""
+    """x (B T D) times a matrix: w (F D) gives B T F; w (H E D), one per head, gives B H T E."""
     y = x @ w.flatten(0, -2).T  # all heads at once: (H E D), seen as (HE D); (F D) stays as it is
     if w.dim() == 3:
         y = y.unflatten(-1, w.shape[:2]).transpose(1, 2)
@@ -234,7 +234,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x (… D) divided by its root mean square, times weight (D). (Zhang and Sennrich 2019.)"""
     h = x.float()
     h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)
-    return h.to(x.dtype) * weight  # Meta casts before the weight: after it, bfloat16 would differ
+    return h.to(x.dtype) * weight  # as Meta does: cast after the product, bfloat16 would differ
 
 
 def rope_turns(positions: Tensor, params: Params) -> Tensor:
@@ -265,7 +265,7 @@ def causal_mask(positions: Tensor, cache: Cache | None, dtype: torch.dtype) -> T
     """0 where a token may look, -inf at later ones (B 1 T S). In a cache, slot n is position n."""
     keys_at = positions
     if cache is not None:
-        keys_at = torch.arange(cache[0][0].shape[2], device=positions.device)[None]
+        keys_at = torch.arange(cache[0][0].shape[2], device=positions.device)[None]  # 1 S
     later = keys_at[:, None, None, :] > positions[:, None, :, None]
     return torch.where(later, -math.inf, 0.0).to(dtype)
 
@@ -273,8 +273,8 @@ def causal_mask(positions: Tensor, cache: Cache | None, dtype: torch.dtype) -> T
 def remember(layer: KeysValues, k: Tensor, v: Tensor, positions: Tensor) -> KeysValues:
     """Puts k and v (B K T E) into a layer's cache; gives all keys and values there (B K S E)."""
     keys, values = layer
-    rows = torch.arange(len(k), device=k.device)[:, None]  # B 1; with positions, B T: B T places
-    keys[rows, :, positions] = k.transpose(1, 2)  # at each of these places K E numbers
+    rows = torch.arange(len(k), device=k.device)[:, None]  # B 1: with positions, B T places
+    keys[rows, :, positions] = k.transpose(1, 2)  # around a ":" both come first: B T K E
     values[rows, :, positions] = v.transpose(1, 2)
     return keys, values
 
@@ -291,8 +291,8 @@ def forward(
 ) -> Tensor:
     """Llama 3: token ids (B T) to float32 logits (B T V), or (B 1 V), of token last[b] in row b.
 
-    positions (B T or 1 T): else 0 … T-1. cache: what earlier tokens left; these leave theirs. probe
-    gives what flows on; project multiplies. Source: llama-models, models/llama3/model.py.
+    positions (B T or 1 T; None: 0 … T-1). cache: of earlier tokens, these are added. probe gives
+    what flows on, project multiplies. Source: llama-models, models/llama3/model.py.
     """
     tokens = probe("tokens", "B T", tokens)
     B, T = tokens.shape
@@ -321,9 +321,9 @@ def forward(
             k, v = remember(cache[i], k, v, positions)  # from here on those of all S positions
 
         # How well does each key answer each query? What do the keys that answer well have to give?
-        scores = q.reshape(B, K, G * T, E) @ k.mT  # G heads share keys: they are one matrix
-        scores = scores.view(B, H, T, -1) / E**0.5 + mask
-        scores = probe(f"layers.{i}.attention.scores", "B H T S", scores)
+        scores = q.reshape(B, K, G * T, E) @ k.mT  # the G heads that share keys: one matrix
+        scores = scores.view(B, H, T, -1) / E**0.5
+        scores = probe(f"layers.{i}.attention.scores", "B H T S", scores + mask)
         probs = probe(f"layers.{i}.attention.probs", "B H T S", scores.softmax(-1))
         heads = probs.reshape(B, K, G * T, -1) @ v
         heads = probe(f"layers.{i}.attention.heads", "B H T E", heads.view(B, H, T, E))
@@ -347,8 +347,7 @@ def forward(
     asked = "B T" if last is None else "B 1"
     x = x if last is None else x[torch.arange(B, device=x.device), last][:, None]
     h = probe("norm", f"{asked} D", rms_norm(x, weights["norm.weight"], params["norm_eps"]))
-    logits = probe("logits", f"{asked} V", project(h, weights["output.weight"]).float())
-    return logits
+    return probe("logits", f"{asked} V", project(h, weights["output.weight"]).float())
 
 
 # ----------------------------------------------------------------------------- sample and generate
@@ -391,17 +390,18 @@ def prefill(
     """
     B, T = tokens.shape
     ends = torch.full((B,), T, device=tokens.device) if lengths is None else lengths
-    logits = torch.zeros(())
+    logits = torch.zeros(())  # of no row yet
     a = 0
     while a < T:
-        b = min(T, a + max(1, (chunk or chunk_size(start + a, params, tokens.is_cpu)) // B))
+        size = chunk or chunk_size(start + a, params, tokens.is_cpu)
+        b = min(T, a + max(1, size // B))  # shared by the B rows
         grow(cache, start + b)
         views = [(keys[:, :, : start + b], values[:, :, : start + b]) for keys, values in cache]
         positions = torch.arange(start + a, start + b, device=tokens.device)[None]
         last = (ends - 1 - a).clamp(0, b - a - 1)
-        run = (watched if b == T else None) or read or forward
+        run = (b == T and watched) or read or forward  # watched: for the last chunk alone
         chunk_logits = run(tokens[:, a:b], weights, params, views, positions, last)
-        logits = torch.where(ends[:, None, None] > a, chunk_logits, logits)  # of rows not yet ended
+        logits = torch.where(ends[:, None, None] > a, chunk_logits, logits)  # ended rows: as before
         a = b
     return logits
 
@@ -447,11 +447,11 @@ def generate(
     if step is None and PARTS:
         from parts.eager import one_token_step as step
     step = step or forward
-    last = torch.zeros_like(positions)
+    last = torch.zeros_like(positions)  # a step reads one token of each row: number 0
     for S in range(int(positions.max()) + 1, params["max_seq_len"] + 1):
-        tokens = choose(logits[:, -1, : params.get("n_tokens")])  # rows to spare are no tokens
+        tokens = choose(logits[:, -1, : params.get("n_tokens")])  # the table may have more rows
         yield tokens
-        if S > cache[0][0].shape[2]:  # some to spare: this copies the cache
+        if S > cache[0][0].shape[2]:  # with room to spare, since this copies the cache
             grow(cache, min(S + (127 if tokens.is_cpu else 511), params["max_seq_len"]))
         logits = step(tokens[:, None], weights, params, cache, positions[:, None], last)
         positions = positions + 1
@@ -503,12 +503,13 @@ def load_model(
     folder = Path(path).expanduser()
     sizes = folder / "params.json"
     try:
-        given = dict(json.loads(sizes.read_text(encoding="utf-8-sig")))
+        given = {**json.loads(sizes.read_text(encoding="utf-8-sig"))}
     except (TypeError, ValueError, RecursionError) as problem:
         raise ValueError(f"{sizes}: not a JSON object ({problem})") from None
     params = fill_params(given, sizes)
     factor = options.get("rope_scaling_factor") or params["rope_scaling_factor"]
-    params["rope_scaling_factor"] = factor = factor * params["use_scaled_rope"]  # 0: not scaled
+    factor = factor * params["use_scaled_rope"]  # 0: not scaled
+    params["rope_scaling_factor"] = factor
     count = max(1, len(list(folder.glob("consolidated.??.pth"))))
     shards = {f"{n}": open_pth(folder / f"consolidated.{n:02}.pth") for n in range(count)}
     tokenizer = load_tokenizer(folder / "tokenizer.model")
@@ -542,9 +543,8 @@ def stream(
 
     prompt: a text or ids. options: seed, probe (of the prompt's last chunk), and those of sample.
     """
-    if not isinstance(weights, tuple):
-        weights = load_model(weights, quiet=True)
-    tensors, params, tokenizer = weights
+    model = weights if isinstance(weights, tuple) else load_model(weights, quiet=True)
+    tensors, params, tokenizer = model
     device = tensors["norm.weight"].device
     if isinstance(prompt, str):
         prompt = [*vars(tokenizer)["begin"], *encode(tokenizer, prompt), *vars(tokenizer)["end"]]

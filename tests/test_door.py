@@ -826,10 +826,19 @@ ALONE = META_DAMAGE | {
         "not finite",
     ),
     "a text": (lambda d: torch.save("x", d / "consolidated.00.pth"), "the file holds a str"),
+    "a number as head": (
+        tensors(lambda s: s.update({"output.weight": torch.tensor(1.0)})),
+        "output.weight: expected shape",
+    ),
+    "scaled twice": (params_with(use_scaled_rope=2), "use_scaled_rope is 2, which does not"),
+    "pairs": (
+        lambda d: (d / "params.json").write_text('[["dim", 64], ["n_layers", 3]]'),
+        "params.json: not a JSON object",
+    ),
 }
 # What needs parts/ to be told apart: alone, another true word, or what was read in its place.
 OTHER_WORDS = {
-    "nan weights", "no params", "params a folder", "params cut", "params empty", "params a list",
+    "a number as head", "pairs", "nan weights", "no params", "params a folder", "params cut", "params empty", "params a list",
     "params html", "params deep", "deep list", "absurd", "heads",
     "quantized", "lora", "moe", "vision", "vocab", "other sizes", "experts", "window",
     "old format", "no weights", "weights empty", "weights html", "weights lfs", "weights cut",

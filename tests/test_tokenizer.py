@@ -125,13 +125,19 @@ def test_two_folders_with_the_same_relative_path_get_their_own_vocabulary(tmp_pa
 @pytest.mark.parametrize(
     "content, says",
     [
-        ("", "not one for each byte"),
+        ("", "not one token for each byte"),
         ("hello\n", "line 1"),
         ("YQ== 0\nYg== x\n", "line 2"),
         ("!!! 0\n", "line 1"),
-        (made_up_tokenizer(300).replace(" 299\n", " 298\n"), "not one for each rank"),
-        (made_up_tokenizer(300).replace(" 299\n", " 300\n"), "not one for each rank"),
-        (made_up_tokenizer(300).replace("AA== 0\n", "AAAA 0\n"), "not one for each byte"),
+        (
+            made_up_tokenizer(300).replace(" 299\n", " 298\n"),
+            "not one token for each byte, or rank",
+        ),
+        (
+            made_up_tokenizer(300).replace(" 299\n", " 300\n"),
+            "not one token for each byte, or rank",
+        ),
+        (made_up_tokenizer(300).replace("AA== 0\n", "AAAA 0\n"), "not one token for each byte"),
         ("<!DOCTYPE html>\n<html></html>", "line 1"),
         ("version https://git-lfs.github.com/spec/v1\n", "line 1"),
     ],
