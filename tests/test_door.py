@@ -838,8 +838,8 @@ ALONE = META_DAMAGE | {
 }
 # What needs parts/ to be told apart: alone, another true word, or what was read in its place.
 OTHER_WORDS = {
-    "a number as head", "pairs", "nan weights", "no params", "params a folder", "params cut", "params empty", "params a list",
-    "params html", "params deep", "deep list", "absurd", "heads",
+    "a number as head", "pairs", "nan weights", "no params", "params a folder", "params cut",
+    "params empty", "params a list", "params html", "params deep", "deep list", "absurd", "heads",
     "quantized", "lora", "moe", "vision", "vocab", "other sizes", "experts", "window",
     "old format", "no weights", "weights empty", "weights html", "weights lfs", "weights cut",
     "weights a folder", "pickle", "torch pickle", "sparse head", "sparse", "int8", "float64", "meta",
