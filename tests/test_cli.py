@@ -666,21 +666,17 @@ def test_the_cache_grows_in_large_steps(script, monkeypatch):
     assert sizes == [5, 5 + 128]
 
 
-def test_random_checkpoint_says_what_does_not_fit(tmp_path):
-    tool = str(ROOT / "tools" / "random_checkpoint.py")
+def test_random_checkpoint_says_what_does_not_fit(tmp_path, capsys):
+    from tools.random_checkpoint import main
+
     for arguments in (["small", tmp_path / "a", "--shards", "3"], ["small", tmp_path / "b", "--shards", "0"],
                       ["huge", tmp_path / "c"], ["small", SCRIPT], [SCRIPT, tmp_path / "d"]):  # fmt: skip
-        run = subprocess.run(
-            [sys.executable, tool, *map(str, arguments)], capture_output=True, text=True
-        )
-        assert (
-            run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
-        ), run.stderr
+        assert main([*map(str, arguments)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1, said
     for shards, files in ((4, 4), (2, 2)):
-        run = subprocess.run(
-            [sys.executable, tool, "small", tmp_path / "e", "--shards", str(shards)]
-        )
-        assert run.returncode == 0 and len(list((tmp_path / "e").glob("*.pth"))) == files
+        assert main(["small", str(tmp_path / "e"), "--shards", str(shards)]) == 0
+        assert len(list((tmp_path / "e").glob("*.pth"))) == files
 
 
 def test_all_of_a_conversation_is_in_its_cache(script, monkeypatch):
