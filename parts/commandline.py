@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 import llama3_from_scratch as llama
-from parts import batch, conversation, eager, for_screen, printable, progress, span, vocabulary
+from parts import (
+    batch,
+    conversation,
+    eager,
+    for_screen,
+    printable,
+    progress,
+    quantized,
+    span,
+    vocabulary,
+)
 from parts.chat import prompt_ids
 from parts.files import read_input
 from parts.inside import (
@@ -191,6 +201,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="compute in this (default: the weights')",
+    )
+    add(
+        "--quantize",
+        choices=quantized.KINDS,
+        help="hold the weights in 8 or 4 bits, in half or a third of bfloat16's memory: see\n"
+        "docs/quantization.md",
     )
     add("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
     add(
@@ -497,6 +513,7 @@ def run(args: argparse.Namespace) -> None:
         cache_dir=args.cache_dir,
         force=args.force,
         positions=positions,
+        quantize=args.quantize,
     )
     check_globs(args, params["n_layers"])
     with progress.progress("starting the libraries"):
