@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import llama3_from_scratch as llama
-from parts import first_line, lens, printable, processes, reason, vocabulary
+from parts import first_line, lens, printable, processes, quantized, reason, vocabulary
 from parts.files import openable, written_whole
 from parts.progress import progress
 from parts.table import chosen, tokens_at

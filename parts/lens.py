@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import llama3_from_scratch as llama
-from parts import processes
+from parts import processes, quantized
 from parts.table import chosen
 
 READ = ("ids", "probs", "entropy", "rank")  # what is told of logits
@@ -68,7 +68,7 @@ def logit_lens(
     for a in range(0, x.shape[1], 128):  # of 128,256 numbers for each token
         part = x[:, a : a + 128].to(weights["norm.weight"].device)
         h = llama.rms_norm(part, weights["norm.weight"], params["norm_eps"])
-        logits = side_by_side(llama.project(h, weights["output.weight"]).float())
+        logits = side_by_side(quantized.project(h, weights["output.weight"]).float())
         asked = logits.argmax(-1) if final is None else final[:, a : a + 128].to(logits.device)
         probs = logits.softmax(-1)
         best = probs.topk(min(top, probs.shape[-1]))

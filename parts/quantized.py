@@ -106,12 +106,6 @@ def bytes_of(kind: str, shape: tuple[int, ...]) -> int:
     return F * D + 2 * F if kind == "int8" else F * D // 2 + 4 * F * D // GROUP
 
 
-def joined8(numbers: Tensor, scales: Tensor) -> Tensor:
-    """One tensor (F D+2), int8: all numbers, then all scales."""
-    pieces = numbers.flatten(), scales.flatten().view(torch.int8)
-    return torch.cat(pieces).view(len(numbers), -1)
-
-
 def split8(w: Tensor) -> tuple[Tensor, Tensor]:
     """The numbers (F D) and scales (F 1) in one tensor."""
     w = w.flatten(0, -2)
@@ -120,20 +114,15 @@ def split8(w: Tensor) -> tuple[Tensor, Tensor]:
     return numbers.view(F, D), scales.view(torch.bfloat16).view(F, 1)
 
 
-def joined4(numbers: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
-    """One tensor (F 5D/8), uint8: all numbers, two in a byte, then scales and zeros side by side.
+def packed4(numbers: Tensor) -> Tensor:
+    """Numbers from -8 to 7 (F D), two in a byte: a row's first in the lower half.
 
-    On a CPU they stand as PyTorch's product wants them, elsewhere a row's first number is in the lower half.
+    On a CPU they stand as PyTorch's product wants them, in an order of its own for each 64 rows.
     """
-    F = len(numbers)
-    numbers = numbers + 8
+    numbers = numbers.int() + 8
     if for_the_kernel(numbers):
-        numbers = torch._convert_weight_to_int4pack_for_cpu(numbers.int(), 1)
-    else:
-        numbers = (numbers[:, 0::2] + 16 * numbers[:, 1::2].int()).to(torch.uint8)
-    beside = torch.stack((scales.T, zeros.T), -1)  # D/32 F 2
-    pieces = numbers.flatten(), beside.flatten().view(torch.uint8)
-    return torch.cat(pieces).view(F, -1)
+        return torch._convert_weight_to_int4pack_for_cpu(numbers, 1)
+    return (numbers[:, 0::2] + 16 * numbers[:, 1::2]).to(torch.uint8)
 
 
 def split4(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,12 +147,25 @@ def unpacked4(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def quantized(w: Tensor, kind: str) -> Tensor:
-    """A matrix (F D) in 8 or 4 bits, as one tensor. Quantized some rows at a time."""
-    quantize: Callable[..., tuple[Tensor, ...]] = quantize8 if kind == "int8" else quantize4
-    join: Callable[..., Tensor] = joined8 if kind == "int8" else joined4
-    rows = max(1, SLAB // w.shape[1])
-    slabs = [quantize(part) for part in w.split(rows)]
-    return join(*map(torch.cat, zip(*slabs)))
+    """A matrix (F D) in 8 or 4 bits, quantized some rows at a time, as one tensor.
+
+    int8 (F D+2): all numbers, then all scales. uint8 (F 5D/8): all numbers as packed4 has them, then scales
+    and zeros side by side (D/32 F 2).
+    """
+    F, D = w.shape
+    dtype = torch.int8 if kind == "int8" else torch.uint8
+    one = torch.empty(F, bytes_of(kind, (F, D)) // F, dtype=dtype, device=w.device)
+    numbers, beside = split8(one) if kind == "int8" else split4(one)
+    rows = max(64, SLAB // D // 64 * 64)
+    for a in range(0, F, rows):
+        part = w[a : a + rows]
+        if kind == "int8":
+            numbers[a : a + rows], beside[a : a + rows] = quantize8(part)
+        else:
+            found, scales, zeros = quantize4(part)
+            numbers[a : a + rows] = packed4(found)
+            beside[:, a : a + rows] = torch.stack((scales.T, zeros.T), -1)
+    return one
 
 
 # ------------------------------------------------------------------------------------ products

@@ -101,7 +101,7 @@ def test_one_tensor_gives_the_formula(kind, rows, width):
 
 
 def test_many_rows_at_a_time(monkeypatch):
-    w = normal(192, 64)
+    w = normal(208, 64)
     for kind in quantized.KINDS:
         whole = quantized.quantized(w, kind)
         monkeypatch.setattr(quantized, "SLAB", 1000)
@@ -183,6 +183,8 @@ def test_command_line_with_all_else(script, tmp_path):
     assert chat.returncode == 0 and chat.stdout, chat.stderr
     wrong = script("Once", "--quantize", "int5")
     assert wrong.returncode == 2 and "int8" in wrong.stderr
+    both = script("Once", *run, "--compile")
+    assert both.returncode == 2 and "--quantize goes without --compile" in both.stderr
     stop = script(
         "Once", *run, "--break-at", "layers.0.*scores", env={"PYTHONBREAKPOINT": "builtins.globals"}
     )
