@@ -45,7 +45,7 @@ def side_by_side(x: Tensor) -> Tensor:
 def rows(head: Tensor, ids: Tensor) -> Tensor:
     """The rows (N D) of the head for token ids (N), whoever of several processes holds them."""
     if processes()[1] == 1:
-        return head[ids.to(head.device)]
+        return quantized.rows(head, ids.to(head.device))
     from parts import parallel
 
     return parallel.rows_of_all(head, ids)
@@ -128,7 +128,7 @@ def attribution(
     direction = scale * weights["norm.weight"].float() * row
     seen = []  # the direction, as each layer's heads see it: all processes meet here
     for i in range(L):
-        wo = weights[f"layers.{i}.attention.wo.weight"].float()
+        wo = quantized.dequantized(weights[f"layers.{i}.attention.wo.weight"])
         seen.append(side_by_side(direction @ wo).cpu())
     if processes()[0] > 0:  # these hold no trace
         return {}

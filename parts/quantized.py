@@ -1,4 +1,4 @@
-"""Weights in 8 or 4 bits, for --quantize: how numbers become small ones with a scale, and products with them.
+"""Weights in 8 or 4 bits, for --quantize: how numbers become small ones with a scale, and their products.
 
 int8: each row of a matrix (F D) has a scale, its largest number / 127; w is about numbers * scale.
 int4: each 32 numbers along a row have a scale and a zero: w is about numbers * scale + zero, numbers from -8
@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 import llama3_from_scratch as llama
+from parts.rewritings import computed
 
 KINDS = ("int8", "int4")
 GROUP = 32  # numbers of a row that share a scale and a zero in 4 bits
 SLAB = (
     2**22
-)  # numbers that are quantized at once: what float32 they take is given back before the next
+)  # numbers that are quantized at once: the float32 they take is given back before the next
 
 
 # ------------------------------------------------------------------------------------ the formula
@@ -79,6 +80,15 @@ def dequantize4(numbers: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------ as one tensor
 
+FORMS = {  # what a tensor of the dict is, by its dtype
+    torch.int8: "8 bits, a scale in bfloat16 for each row",
+    torch.uint8: "4 bits in the order of PyTorch's kernel, scale and zero in bfloat16 for each 32",
+    torch.int32: "4 bits in words, scale and zero in bfloat16 for each 32",
+    torch.int16: "8 bits in words, a scale in float16 for each 32: the numbers of Q8_0",
+    torch.uint16: "4 bits in words, a scale in float16 for each 32: the numbers of Q4_0",
+}
+EIGHT = (torch.int8, torch.int16)
+
 
 def check_kind(kind: str) -> None:
     """ValueError unless this is a way to quantize."""
@@ -87,8 +97,8 @@ def check_kind(kind: str) -> None:
 
 
 def is_quantized(w: Tensor) -> bool:
-    """Are these the bytes of a quantized matrix? int8 of one in 8 bits, uint8 of one in 4."""
-    return w.dtype in (torch.int8, torch.uint8)
+    """Are these the bytes of a quantized matrix?"""
+    return w.dtype in FORMS
 
 
 def kind_of(kind: str, name: str, shape: tuple[int, ...]) -> str:
@@ -106,85 +116,209 @@ def bytes_of(kind: str, shape: tuple[int, ...]) -> int:
     return F * D + 2 * F if kind == "int8" else F * D // 2 + 4 * F * D // GROUP
 
 
-def split8(w: Tensor) -> tuple[Tensor, Tensor]:
-    """The numbers (F D) and scales (F 1) in one tensor."""
-    w = w.flatten(0, -2)
-    F, D = w.shape[0], w.shape[1] - 2
-    numbers, scales = w.flatten().split((F * D, 2 * F))
-    return numbers.view(F, D), scales.view(torch.bfloat16).view(F, 1)
+def width_of(w: Tensor) -> int:
+    """How many numbers a row has, D."""
+    if w.dtype == torch.int8:
+        return w.shape[-1] - 2
+    of_group = {torch.uint8: 20, torch.int32: 5, torch.int16: 17, torch.uint16: 9}[w.dtype]
+    return w.shape[-1] // of_group * GROUP
 
 
-def packed4(numbers: Tensor) -> Tensor:
-    """Numbers from -8 to 7 (F D), two in a byte: a row's first in the lower half.
+def split(w: Tensor) -> tuple[Tensor, ...]:
+    """The bytes of numbers (F D), two of 4 bits in one (F D/2), then scales, and zeros if there are any.
 
-    On a CPU they stand as PyTorch's product wants them, in an order of its own for each 64 rows.
+    Scales and zeros: (F 1) or (F D/32); in the kernel's order both are one (D/32 F 2).
     """
-    numbers = numbers.int() + 8
-    if for_the_kernel(numbers):
-        return torch._convert_weight_to_int4pack_for_cpu(numbers, 1)
-    return (numbers[:, 0::2] + 16 * numbers[:, 1::2]).to(torch.uint8)
-
-
-def split4(w: Tensor) -> tuple[Tensor, Tensor]:
-    """The numbers (F D/2), two in a byte, and scales and zeros (D/32 F 2) in one tensor."""
-    w = w.flatten(0, -2)
-    F, D = w.shape[0], w.shape[1] * 8 // 5
-    numbers, beside = w.flatten().split((F * D // 2, F * D // 8))
-    return numbers.view(F, D // 2), beside.view(torch.bfloat16).view(-1, F, 2)
-
-
-def for_the_kernel(w: Tensor) -> bool:
-    """Has PyTorch's product in 4 bits an order of its own for the numbers of such a matrix?"""
-    return w.is_cpu and w.flatten(0, -2).shape[0] % 16 == 0
-
-
-def unpacked4(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Numbers, scales and zeros, as quantize4 gives them, from one tensor that is not for the kernel."""
-    halves, beside = split4(w)
-    numbers = torch.stack((halves & 15, halves >> 4), -1).flatten(-2).to(torch.int8) - 8
-    scales, zeros = beside.permute(2, 1, 0)
+    F, D = w.flatten(0, -2).shape[0], width_of(w)
+    eight = w.dtype in EIGHT
+    flat = w.flatten().view(torch.int8 if eight else torch.uint8)
+    count = F * D if eight else F * D // 2
+    numbers, beside = flat[:count].view(F, -1), flat[count:]
+    if w.dtype in (torch.int16, torch.uint16):
+        return numbers, beside.view(torch.float16).view(F, -1)
+    beside = beside.view(torch.bfloat16)
+    if w.dtype == torch.int8:
+        return numbers, beside.view(F, 1)
+    if w.dtype == torch.uint8:
+        return numbers, beside.view(-1, F, 2)
+    scales, zeros = beside.view(2, F, -1)
     return numbers, scales, zeros
 
 
-def quantized(w: Tensor, kind: str) -> Tensor:
-    """A matrix (F D) in 8 or 4 bits, quantized some rows at a time, as one tensor.
+def in_pairs(numbers: Tensor) -> Tensor:
+    """Numbers from -8 to 7 (F D), two in a byte, as 0 to 15: a row's first in the lower half."""
+    numbers = numbers.to(torch.uint8) + 8
+    return numbers[:, 0::2] + 16 * numbers[:, 1::2]
 
-    int8 (F D+2): all numbers, then all scales. uint8 (F 5D/8): all numbers as packed4 has them, then scales
-    and zeros side by side (D/32 F 2).
+
+def from_pairs(halves: Tensor) -> Tensor:
+    """The numbers again."""
+    return torch.stack((halves & 15, halves >> 4), -1).flatten(-2).to(torch.int8) - 8
+
+
+def in_words(packed: Tensor, n: int) -> Tensor:
+    """Bytes of a row (F …), n for each 32 numbers, in another order: the first 4 of all groups, the next 4, …
+
+    So words of 32 bits that stand side by side belong to groups that do, as their scales.
+    """
+    return packed.unflatten(-1, (-1, n // 4, 4)).transpose(1, 2).flatten(1)
+
+
+def from_words(packed: Tensor, n: int) -> Tensor:
+    """The bytes in order again."""
+    return packed.unflatten(-1, (n // 4, -1, 4)).transpose(1, 2).flatten(1)
+
+
+def for_kernel(numbers: Tensor) -> Tensor:
+    """Numbers from -8 to 7 (F D), two in a byte, as PyTorch's product on a CPU wants them.
+
+    It has an order of its own for each 64 rows, another one on each kind of CPU.
+    """
+    return torch._convert_weight_to_int4pack_for_cpu(numbers.int() + 8, 1)
+
+
+@functools.lru_cache(4)
+def places_in_kernel(F: int, D: int) -> Tensor:
+    """Where in that order, read as pairs, is each number (F D)? Each one's place is packed, digit by digit."""
+    at = torch.arange(F * D).view(F, D)
+    found = torch.zeros(F * D, dtype=torch.long)
+    for digit in range(-(-(F * D).bit_length() // 4)):
+        shown = (at >> 4 * digit & 15) - 8
+        found += from_pairs(for_kernel(shown)).flatten().long() + 8 << 4 * digit
+    return found.argsort().view(F, D)
+
+
+def from_kernel(halves: Tensor) -> Tensor:
+    """The numbers (F D) again, from PyTorch's order."""
+    parts = [
+        from_pairs(part).flatten()[places_in_kernel(len(part), 2 * part.shape[1])]
+        for part in halves.split(64)
+    ]
+    return torch.cat(parts)
+
+
+def has_kernel(w: Tensor) -> bool:
+    """Has PyTorch a product in 4 bits for such a matrix (F D)?"""
+    return w.is_cpu and len(w) % 16 == 0
+
+
+def quantized(w: Tensor, kind: str, in_order: bool = False) -> Tensor:
+    """A matrix (F D) in 8 or 4 bits, quantized some rows at a time, as one tensor of F rows: see FORMS.
+
+    in_order: 4 bits in words, for what is compiled, also where PyTorch has a kernel.
     """
     F, D = w.shape
-    dtype = torch.int8 if kind == "int8" else torch.uint8
-    one = torch.empty(F, bytes_of(kind, (F, D)) // F, dtype=dtype, device=w.device)
-    numbers, beside = split8(one) if kind == "int8" else split4(one)
-    rows = max(64, SLAB // D // 64 * 64)
-    for a in range(0, F, rows):
-        part = w[a : a + rows]
+    dtype = torch.int8 if kind == "int8" else torch.int32
+    if kind == "int4" and has_kernel(w) and not in_order:
+        dtype = torch.uint8
+    one = torch.empty(bytes_of(kind, (F, D)), dtype=torch.int8, device=w.device)
+    one = one.view(dtype).view(F, -1)
+    numbers, *beside = split(one)
+    step = max(64, SLAB // D // 64 * 64)
+    for a in range(0, F, step):
+        some = slice(a, a + step)
         if kind == "int8":
-            numbers[a : a + rows], beside[a : a + rows] = quantize8(part)
+            numbers[some], beside[0][some] = quantize8(w[some])
+            continue
+        found, scales, zeros = quantize4(w[some])
+        if dtype == torch.uint8:
+            numbers[some] = for_kernel(found)
+            beside[0][:, some] = torch.stack((scales.T, zeros.T), -1)
         else:
-            found, scales, zeros = quantize4(part)
-            numbers[a : a + rows] = packed4(found)
-            beside[:, a : a + rows] = torch.stack((scales.T, zeros.T), -1)
+            numbers[some] = in_words(in_pairs(found), 16)
+            beside[0][some], beside[1][some] = scales, zeros
     return one
+
+
+def unpacked(w: Tensor) -> tuple[Tensor, ...]:
+    """Numbers (F D) and scales, of our 4 bits zeros too, as quantize8 and quantize4 give them."""
+    numbers, *beside = split(w)
+    if w.dtype == torch.int16:
+        numbers = from_words(numbers, 32)
+    elif w.dtype == torch.uint8:
+        numbers, beside = from_kernel(numbers), [*beside[0].permute(2, 1, 0)]
+    elif w.dtype != torch.int8:
+        numbers = from_pairs(from_words(numbers, 16))
+    return numbers, *beside
+
+
+def dequantized(w: Tensor) -> Tensor:
+    """A matrix of the dict in float32 (F D), quantized or not."""
+    if not is_quantized(w):
+        return w.float()
+    numbers, scales, *zeros = unpacked(w)
+    if zeros:
+        return dequantize4(numbers, scales, zeros[0])
+    groups = numbers.float().unflatten(-1, (scales.shape[1], -1))
+    return dequantize8(groups, scales[..., None]).flatten(-2)
+
+
+def rows(w: Tensor, ids: Tensor) -> Tensor:
+    """Rows ids (…) of a matrix of the dict (… D): as they are, or those of a table in 8 bits in float32."""
+    if not is_quantized(w):
+        return w[ids]
+    numbers, scales = split(w)
+    found = numbers[ids]
+    if w.dtype == torch.int16:
+        found = from_words(found.flatten(0, -2), 32).view(found.shape)
+    groups = found.unflatten(-1, (scales.shape[1], -1))
+    return dequantize8(groups, scales[ids][..., None]).flatten(-2)
 
 
 # ------------------------------------------------------------------------------------ products
 
 
 def plain_product(x: Tensor, w: Tensor) -> Tensor:
-    """x (… D) times a quantized matrix (F D): the formula, which the kernels are held to."""
-    matrix = dequantize8(*split8(w)) if w.dtype == torch.int8 else dequantize4(*unpacked4(w))
-    return x @ matrix.to(x.dtype).T
+    """x (N D) times a quantized matrix (F D): the formula, which all others are held to."""
+    return x @ dequantized(w).to(x.dtype).T
+
+
+def one_row(x: Tensor, w: Tensor) -> Tensor:
+    """x (1 D) times a quantized matrix, not in the kernel's order, in a form that is compiled to one loop.
+
+    Numbers are read in words of 32 bits, and what a mask leaves of a word is a number times a power of two,
+    by which x is divided before. In a word numbers are without a sign: 0 stands in the middle.
+    """
+    packed, scales, *zeros = split(w)
+    words, bits, middle = packed.view(torch.int32), 4, 8
+    if w.dtype in EIGHT:
+        words, bits, middle = words ^ (0x80808080 - 2**32), 8, 128
+    n = 32 // bits  # numbers in a word
+    positions = words.shape[1] if w.dtype == torch.int8 else scales.shape[1]
+    words = words.unflatten(-1, (-1, positions))  # F, words of a position, positions
+    x = x[0].float().view(positions, -1, n).permute(1, 2, 0)
+    powers = bits * (torch.arange(n, device=x.device)[:, None] % (n - 1))  # the last is shifted
+    shares = computed(x / (torch.ones_like(powers) << powers))
+    sums = computed(x.sum((0, 1)))
+    total = -middle * sums
+    for k in range(words.shape[1]):
+        for j in range(n):
+            word = words[:, k]
+            masked = word >> (32 - bits) & 2**bits - 1
+            if j < n - 1:
+                masked = word & (2**bits - 1) << bits * j
+            total = total + shares[k, j] * masked.float()
+    if w.dtype != torch.int8:
+        total = total * scales.float()
+    if zeros:
+        total = total + sums * zeros[0].float()
+    y = total.sum(-1)
+    if w.dtype == torch.int8:
+        y = y * scales[:, 0].float()
+    return y[None]
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
-    """x (N D) times a quantized matrix (F D), by PyTorch's kernel where it has a fast one."""
-    if w.dtype == torch.int8 and w.is_cpu and x.dtype == torch.bfloat16:
-        numbers, scales = split8(w)
-        return torch._weight_int8pack_mm(x, numbers, scales[:, 0])
-    if w.dtype == torch.uint8 and for_the_kernel(w):
-        numbers, beside = split4(w)
+    """x (N D) times a quantized matrix (F D), in the fastest way there is."""
+    D = x.shape[-1]
+    if w.dtype == torch.uint8:
+        numbers, beside = split(w)
         return torch._weight_int4pack_mm_for_cpu(x, numbers, GROUP, beside.to(x.dtype))
+    if len(x) == 1 and torch.compiler.is_compiling() and D % GROUP == 0:
+        return one_row(x, w).to(x.dtype)
+    if w.dtype == torch.int8 and w.is_cpu:
+        numbers, scales = split(w)
+        return torch._weight_int8pack_mm(x, numbers, scales[:, 0].to(x.dtype))
     return plain_product(x, w)
 
 
@@ -202,12 +336,6 @@ def project(
     if w.dim() == 3:
         y = y.unflatten(-1, w.shape[:2]).transpose(1, 2)
     return y
-
-
-def looked_up(tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
-    """The rows (B T D) of a quantized embedding for tokens (B T)."""
-    numbers, scales = split8(table)
-    return dequantize8(numbers[tokens], scales[tokens]).to(dtype)
 
 
 def for_quantized(forward: llama.Forward) -> llama.Forward:
@@ -235,7 +363,7 @@ def for_quantized(forward: llama.Forward) -> llama.Forward:
         def with_rows(name: str, dims: str, tensor: Tensor) -> Tensor:
             nonlocal asked
             if name == "tok_embeddings":  # what was looked up are bytes: here are the numbers
-                tensor = looked_up(asked, table, weights["norm.weight"].dtype)
+                tensor = rows(table, asked).to(weights["norm.weight"].dtype)
             tensor = probe(name, dims, tensor)
             if name == "tokens":
                 asked = tensor

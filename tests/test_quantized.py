@@ -109,18 +109,28 @@ def test_many_rows_at_a_time(monkeypatch):
         monkeypatch.undo()
 
 
-def test_layout_without_the_kernel(monkeypatch):
-    """What a GPU is given: two numbers in a byte, in order."""
-    w = normal(64, 64)
-    numbers, scales, zeros = quantized.quantize4(w)
-    monkeypatch.setattr(quantized, "for_the_kernel", lambda w: False)
-    one = quantized.quantized(w, "int4")
-    assert (one[0, 0] & 15).item() == numbers[0, 0] + 8
-    for found, expected in zip(quantized.unpacked4(one), (numbers, scales, zeros)):
-        assert torch.equal(found, expected)
-    x = torch.randn(1, 2, 64)
-    matrix = quantized.dequantize4(numbers, scales, zeros)
-    assert relative_error(quantized.project(x, one), x @ matrix.T) < 1e-6
+@pytest.mark.parametrize("rows, width", ((64, 64), (80, 160), (24, 96), (208, 32)))
+def test_4_bits_in_both_orders(rows, width):
+    """That of PyTorch's kernel, and words, which a GPU is given, and what is compiled."""
+    w = normal(rows, width)
+    expected = quantized.quantize4(w)
+    for in_order in (False, True):
+        one = quantized.quantized(w, "int4", in_order)
+        assert one.nbytes == quantized.bytes_of("int4", w.shape) and len(one) == rows
+        kernel = rows % 16 == 0 and not in_order
+        assert one.dtype == (torch.uint8 if kernel else torch.int32)
+        for found, tensor in zip(quantized.unpacked(one), expected):
+            assert torch.equal(found, tensor)
+        assert torch.equal(quantized.dequantized(one), quantized.dequantize4(*expected))
+
+
+@pytest.mark.parametrize("kind", quantized.KINDS)
+@pytest.mark.parametrize("rows, width", ((64, 64), (24, 96)))
+def test_the_form_for_one_row_is_the_same_product(kind, rows, width):
+    one = quantized.quantized(normal(rows, width), kind, in_order=True)
+    x = torch.randn(1, width, generator=torch.Generator().manual_seed(1))
+    expected = x.double() @ quantized.dequantized(one).double().T
+    assert relative_error(quantized.one_row(x, one), expected) < 1e-6
 
 
 @pytest.mark.parametrize("kind", quantized.KINDS)
