@@ -179,7 +179,7 @@ def for_kernel(numbers: Tensor) -> Tensor:
 
 @functools.lru_cache(4)
 def places_in_kernel(F: int, D: int) -> Tensor:
-    """Where in that order, read as pairs, is each number (F D)? Each one's place is packed, digit by digit."""
+    """Where in that order, read as pairs, is each number (F D)? Places are packed, a digit at a time."""
     at = torch.arange(F * D).view(F, D)
     found = torch.zeros(F * D, dtype=torch.long)
     for digit in range(-(-(F * D).bit_length() // 4)):
@@ -287,8 +287,11 @@ def one_row(x: Tensor, w: Tensor) -> Tensor:
     positions = words.shape[1] if w.dtype == torch.int8 else scales.shape[1]
     words = words.unflatten(-1, (-1, positions))  # F, words of a position, positions
     x = x[0].float().view(positions, -1, n).permute(1, 2, 0)
-    powers = bits * (torch.arange(n, device=x.device)[:, None] % (n - 1))  # the last is shifted
-    shares = computed(x / (torch.ones_like(powers) << powers))
+    powers = bits * (
+        torch.arange(n, dtype=torch.int32, device=x.device)[:, None] % (n - 1)
+    )  # the last is shifted
+    # Contiguous, that is, as positions stand side by side in the words; else neither could be read at once.
+    shares = computed((x / (torch.ones_like(powers) << powers)).contiguous())
     sums = computed(x.sum((0, 1)))
     total = -middle * sums
     for k in range(words.shape[1]):
