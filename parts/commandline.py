@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 
 import llama3_from_scratch as llama
-from parts import batch, conversation, eager, for_screen, printable, progress, span, vocabulary
+from parts import (
+    batch,
+    conversation,
+    eager,
+    for_screen,
+    printable,
+    progress,
+    quantized,
+    span,
+    vocabulary,
+)
 from parts.chat import prompt_ids
 from parts.files import read_input
 from parts.inside import (
@@ -192,6 +202,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         choices=("float32", "bfloat16", "float16"),
         help="compute in this (default: the weights')",
     )
+    add(
+        "--quantize",
+        choices=quantized.KINDS,
+        help="hold the weights in 8 or 4 bits, in half or a third of bfloat16's memory: see\n"
+        "docs/quantization.md",
+    )
     add("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
     add(
         "--color",
@@ -216,6 +232,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         wrong("--prompts goes without a prompt, --break-at, --save-trace and --view")
     if args.view is not None and not args.view.endswith((".html", ".htm")):
         wrong(f"--view {args.view}: a file that ends in .html; the prompt stands before --view")
+    if args.quantize is not None and args.compile:
+        wrong("--quantize goes without --compile, which is not for weights in 8 or 4 bits")
     args.show_asked = args.show is not None
     args.show = args.show or ("none" if args.chat else "first")
     if not (args.save_trace or args.view) and (args.trace_only or args.trace_generated):
@@ -497,6 +515,7 @@ def run(args: argparse.Namespace) -> None:
         cache_dir=args.cache_dir,
         force=args.force,
         positions=positions,
+        quantize=args.quantize,
     )
     check_globs(args, params["n_layers"])
     with progress.progress("starting the libraries"):

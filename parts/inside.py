@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import llama3_from_scratch as llama
-from parts import first_line, lens, printable, processes, reason, vocabulary
+from parts import first_line, lens, printable, processes, quantized, reason, vocabulary
 from parts.files import openable, written_whole
 from parts.progress import progress
 from parts.table import chosen, tokens_at
@@ -208,8 +208,8 @@ def forward_with_breakpoints(
     namespace["stop_at"] = stop_at
     file = inspect.getsourcefile(plain) or "forward"
     exec(compile(lines_before + source, file, "exec"), namespace)
-    if forward is plain:
-        return namespace["forward"]
+    if processes()[1] == 1:
+        return quantized.for_quantized(namespace["forward"])
     from parts import parallel
 
     return parallel.meeting(namespace["forward"])

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import llama3_from_scratch as llama
 from llama3_from_scratch import Params, Weights
-from parts import archives, config, eager, first_line, printable, processes, reason, span
+from parts import archives, config, eager, first_line, printable, processes, quantized, reason, span
 from parts.files import openable, read_text
 from parts.naming import (
     ADAPTER,
@@ -290,12 +290,12 @@ def free_memory(device: str) -> float:
     return math.inf
 
 
-def check_memory(params: Params, numbers: int, device: str, itemsize: int, positions: int) -> None:
-    """Weights (so many numbers) and cache of this run, known from headers alone, against what is free."""
+def check_memory(params: Params, held: int, device: str, itemsize: int, positions: int) -> None:
+    """Weights (so many bytes) and cache of this run, known from headers alone, against what is free."""
     sharing = (
         int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device == "cpu" and processes()[1] > 1 else 1
     )  # one memory for all
-    weights = sharing * numbers * itemsize
+    weights = sharing * held
     cache = (
         params["n_layers"]
         * 2
@@ -834,11 +834,13 @@ def load_model(
     positions: Callable[[Any, int], int] | None = None,
     force: bool = False,
     quiet: bool = False,
+    quantize: str | None = None,
 ) -> llama.Model:
     """Weights, params and tokenizer of a checkpoint; unless quiet, a line on stderr says what was found.
 
     n_layers: only the first so many. positions(tokenizer, context): how many the cache will hold; if it and
-    the weights take more memory than is free, ValueError, unless force.
+    the weights take more memory than is free, ValueError, unless force. quantize: "int8" or "int4", as
+    parts/quantized.py explains.
     """
     started = time.perf_counter()
     where = printable(short(path))
@@ -856,6 +858,11 @@ def load_model(
 
     _, N = processes()
     own, shapes = params, llama.weight_shapes(params)
+    if N > 1 and quantize is not None:
+        raise ValueError(
+            f"--quantize {quantize}: not with several processes, each of which would hold a share; start the "
+            "script alone, without torchrun"
+        )
     if N > 1:
         from parts import parallel
 
@@ -867,9 +874,13 @@ def load_model(
     count = sum(
         math.prod(shape) for name, shape in shapes.items() if not (tied and name == "output.weight")
     )
+    held = count * dtype.itemsize
+    if quantize is not None:
+        quantized.check_kind(quantize)
+        held = quantized.size_of(own, quantize, dtype, tied)
     if not force:
         room = positions(tokenizer, params["max_seq_len"]) if positions else 0
-        check_memory(own, count, device, dtype.itemsize, room)
+        check_memory(own, held, device, dtype.itemsize, room)
 
     def join(name: str, slices: list[Tensor]) -> Tensor:
         w = llama.joined(name, slices)
@@ -881,12 +892,14 @@ def load_model(
     with progress(f"reading {short_name}", total if N == 1 else 0, "B") as advance:
         if N > 1:
             weights = parallel.load_share(shards, own, device, dtype, convert)
+        elif quantize is not None:
+            weights = quantized.load(shards, params, device, dtype, join, quantize)
         else:
             weights = llama.load_weights(shards, params, device, dtype, join)
     eager.keep_freed_memory()
     if not quiet:
         layers = f"{n_layers} of {of} layers" if n_layers not in (None, of) else plural(of, "layer")
-        bytes_of = f"{size(count * dtype.itemsize)} of {str(dtype).removeprefix('torch.')}"
+        bytes_of = f"{size(held)} of {quantize or str(dtype).removeprefix('torch.')}"
         what = [
             named_by_size(params),
             layers,

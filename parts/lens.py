@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import llama3_from_scratch as llama
-from parts import processes
+from parts import processes, quantized
 from parts.table import chosen
 
 READ = ("ids", "probs", "entropy", "rank")  # what is told of logits
@@ -45,7 +45,7 @@ def side_by_side(x: Tensor) -> Tensor:
 def rows(head: Tensor, ids: Tensor) -> Tensor:
     """The rows (N D) of the head for token ids (N), whoever of several processes holds them."""
     if processes()[1] == 1:
-        return head[ids.to(head.device)]
+        return quantized.rows(head, ids.to(head.device))
     from parts import parallel
 
     return parallel.rows_of_all(head, ids)
@@ -68,7 +68,7 @@ def logit_lens(
     for a in range(0, x.shape[1], 128):  # of 128,256 numbers for each token
         part = x[:, a : a + 128].to(weights["norm.weight"].device)
         h = llama.rms_norm(part, weights["norm.weight"], params["norm_eps"])
-        logits = side_by_side(llama.project(h, weights["output.weight"]).float())
+        logits = side_by_side(quantized.project(h, weights["output.weight"]).float())
         asked = logits.argmax(-1) if final is None else final[:, a : a + 128].to(logits.device)
         probs = logits.softmax(-1)
         best = probs.topk(min(top, probs.shape[-1]))
@@ -128,7 +128,7 @@ def attribution(
     direction = scale * weights["norm.weight"].float() * row
     seen = []  # the direction, as each layer's heads see it: all processes meet here
     for i in range(L):
-        wo = weights[f"layers.{i}.attention.wo.weight"].float()
+        wo = quantized.dequantized(weights[f"layers.{i}.attention.wo.weight"])
         seen.append(side_by_side(direction @ wo).cpu())
     if processes()[0] > 0:  # these hold no trace
         return {}

@@ -11,6 +11,7 @@ noise). Then all measure in turns, and medians count. Each part ends in good ord
 import contextlib
 import datetime
 import fcntl
+import functools
 import io
 import json
 import os
@@ -32,7 +33,7 @@ sys.path.insert(0, str(ROOT))  # run by its path
 import torch
 
 import llama3_from_scratch as llama
-from parts import compiled
+from parts import compiled, quantized
 from parts.programs import end_at_once, flags_of, run_program
 
 LLAMA_3 = {
@@ -50,14 +51,22 @@ ROWS = (8, 32)
 NEW = 48  # tokens a turn
 
 
-def random_model(name, device):
-    """(weights, params) with noise of a trained model's size, in bfloat16; of 1B the head is tied."""
+def random_model(name, device, kind=""):
+    """(weights, params) with noise of a trained model's size, in bfloat16; of 1B the head is tied.
+
+    kind: "int8" or "int4", quantized one by one.
+    """
     params = llama.fill_params(MODELS[name])
     generator = torch.Generator(device).manual_seed(0)
     weights = {}
     for key, shape in llama.weight_shapes(params).items():
         noise = torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
         weights[key] = 1 + noise / 5 if len(shape) == 1 else noise.mul_(shape[1] ** -0.5)
+        into = quantized.kind_of(kind, key, shape) if kind else ""
+        if into:
+            weights[key] = quantized.quantized(weights[key], into, in_order=True)
+    if kind:
+        llama.forward = quantized.for_quantized(llama.forward)
     if name == "1b":
         weights["output.weight"] = weights["tok_embeddings.weight"]
     return weights, params
@@ -106,8 +115,8 @@ def decode_times(step, device):
     return {"sync_ms": sync / NEW * 1000, "free_ms": free / NEW * 1000}
 
 
-def ours(name, device, step):
-    weights, params = random_model(name, device)
+def ours(name, device, step, kind=""):
+    weights, params = random_model(name, device, kind)
     zero = torch.zeros(1, dtype=torch.long, device=device)
     state = {"cache": None}
 
@@ -167,6 +176,28 @@ def ours_compiled(name, device):
     return ours(name, device, compiled.compiled_step())[0]
 
 
+def ours_quantized(name, device, kind):
+    """The compiled step and the compiled prompt's pass of one model in 8 or 4 bits."""
+    answers, weights, params = ours(name, device, compiled.compiled_step(), kind)
+    prefill = functools.partial(
+        llama.prefill, read=compiled.compiled_prompt(), chunk=compiled.CHUNK
+    )
+    held = {w.data_ptr(): w.nbytes for w in weights.values()}
+
+    def size():
+        return {"GB": sum(held.values()) / 1e9}
+
+    return answers | {"prompt": prompt_times(prefill, weights, params, device), "size": size}
+
+
+def ours_int8(name, device):
+    return ours_quantized(name, device, "int8")
+
+
+def ours_int4(name, device):
+    return ours_quantized(name, device, "int4")
+
+
 def ours_plain(name, device):
     answers, weights, params = ours(name, device, llama.forward)
     return answers | {"prompt": prompt_times(llama.prefill, weights, params, device)}
@@ -193,8 +224,6 @@ def prompt_times(prefill, weights, params, device):
 
 
 def ours_prompt(name, device):
-    import functools
-
     weights, params = random_model(name, device)
     prefill = functools.partial(
         llama.prefill, read=compiled.compiled_prompt(), chunk=compiled.CHUNK
@@ -334,13 +363,16 @@ def transformers_static(name, device):
 
 CONTENDERS = {
     "step": ours_compiled, "far": ours_compiled, "rows": ours_compiled, "prompt": ours_prompt,
-    "plain": ours_plain, "command line": ours_command_line, "gpt-fast": gpt_fast,
-    "transformers": transformers, "transformers static": transformers_static,
+    "int8": ours_int8, "int4": ours_int4, "plain": ours_plain,
+    "command line": ours_command_line, "gpt-fast": gpt_fast, "transformers": transformers,
+    "transformers static": transformers_static,
 }  # fmt: skip
+QUANTIZED = ("int8", "int4")
 PEERS = ("gpt-fast", "transformers", "transformers static")
 # What each does first, before all measure in turns: that compiles it.
 FIRST = {
     "step": ("decode", 512), "far": ("decode", FAR[-1]), "rows": ("rows", ROWS[0]),
+    "int8": ("decode", 512), "int4": ("decode", 512),
     "prompt": ("prompt", PROMPTS[0]), "plain": ("decode", 512), "command line": ("run", None),
     "gpt-fast": ("decode", 512), "transformers": ("decode", 512),
     "transformers static": ("decode", 512),
@@ -444,12 +476,12 @@ def measure(models, peers, device, limit, rounds, only=None):
             hear(key, FIRST[key[0]], 0.75 * limit - (time.perf_counter() - started))
         ask("step", "machine", None)
         for _ in range(rounds):
-            for name in ("step", "plain", *PEERS):
+            for name in ("step", *QUANTIZED, "plain", *PEERS):
                 ask(name, "decode", 512)
             for B in ROWS:
                 ask("rows", "rows", B)
         for _ in range(rounds):  # after all steps: gpt-fast then gets another cache
-            for name in ("prompt", "gpt-fast", "transformers", "plain"):
+            for name in ("prompt", *QUANTIZED, "gpt-fast", "transformers", "plain"):
                 for T in PROMPTS[:2]:
                     ask(name, "prompt", T)
         ask("command line", "run", None)
@@ -457,7 +489,10 @@ def measure(models, peers, device, limit, rounds, only=None):
             ask("far", "decode", S)
         for T in PROMPTS[2:]:
             ask("prompt", "prompt", T)
-        ask("step", "profile", 512)
+        for name in ("step", *QUANTIZED):
+            ask(name, "profile", 512)
+        for name in QUANTIZED:
+            ask(name, "size", None)
         ask("far", "profile", FAR[-1])
     finally:
         for worker in workers.values():
@@ -490,7 +525,7 @@ def report(found, models):
     heads = ["", *(f"{model} {what}" for model in models for what in ("sync", "free"))]
     yield "\n| decode, ms a token " + " | ".join(heads) + " |"
     yield "|---" * len(heads) + "|"
-    for name in ("step", "plain", *PEERS):
+    for name in ("step", *QUANTIZED, "plain", *PEERS):
         cells = [
             cell(figure(name, m, "decode", 512, f"{k}_ms"), 3)
             for m in models
@@ -508,7 +543,7 @@ def report(found, models):
         "\n| " + " | ".join(["prompt, ms", *(f"{m} {T:,}" for m in models for T in PROMPTS)]) + " |"
     )
     yield "|---" * (1 + len(models) * len(PROMPTS)) + "|"
-    for name in ("prompt", "plain", "gpt-fast", "transformers"):
+    for name in ("prompt", *QUANTIZED, "plain", "gpt-fast", "transformers"):
         cells = [cell(figure(name, m, "prompt", T, "ms"), 1) for m in models for T in PROMPTS]
         yield "| " + " | ".join([name, *cells]) + " |"
     cells = [
@@ -523,10 +558,13 @@ def report(found, models):
             yield f"\n{model}, {B} rows: {cell(ms)} ms a step{times}"
         for _, answer in found.get(("command line", model), []):
             yield f"\n{model}, command line: {json.dumps(answer)}"
-    for (_, model), answers in found.items():
+    for (name, model), answers in found.items():
         for command, answer in answers:
+            if command[0] == "size" and "GB" in answer:
+                yield f"\n{model}, {name}: weights of {answer['GB']:.2f} GB"
             if command[0] == "profile" and "kernels" in answer:
-                yield f"\nKernels of a step, {model}, {command[1]:,} positions: µs a step, how many, name"
+                where = f"{name}, {model}, {command[1]:,} positions"
+                yield f"\nKernels of a step, {where}: µs a step, how many, name"
                 yield from (
                     f"    {us:8.1f} {count:6.1f}  {key}" for us, count, key in answer["kernels"]
                 )

@@ -1,0 +1,420 @@
+"""Weights in 8 or 4 bits, for --quantize: how numbers become small ones with a scale, and their products.
+
+int8: each row of a matrix (F D) has a scale, its largest number / 127; w is about numbers * scale.
+int4: each 32 numbers along a row have a scale and a zero: w is about numbers * scale + zero, numbers from -8
+to 7. The embedding and the head keep 8 bits in both (a model may have one table for the two), the norms are
+not quantized, nor is what flows through the model: this saves memory, and the time to read it.
+
+A quantized matrix stays one tensor of F rows in the dict of weights: of all its bytes the first are the
+numbers, then come scales (and zeros) in bfloat16. So `forward` takes it as it takes any matrix, cut into
+heads or not, and passes it to `project`; only what it looks up in the embedding are then bytes, which
+`for_quantized` replaces through the probe. PyTorch's own kernels multiply where there is one; tests hold them
+to the formula.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import llama3_from_scratch as llama
+from parts.rewritings import computed
+
+KINDS = ("int8", "int4")
+GROUP = 32  # numbers of a row that share a scale and a zero in 4 bits
+SLAB = (
+    2**22
+)  # numbers that are quantized at once: the float32 they take is given back before the next
+
+
+# ------------------------------------------------------------------------------------ the formula
+
+
+def quantize8(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers from -127 to 127 (F D) and scales (F 1) of a matrix (F D): w is about numbers * scales."""
+    w = w.float()
+    scales = w.abs().amax(-1, keepdim=True) / 127
+    scales = scales.clamp(min=1e-30).bfloat16()  # a row of zeros has one too
+    numbers = (w / scales.float()).round().clamp(-127, 127)  # by the scale that is kept
+    return numbers.to(torch.int8), scales
+
+
+def dequantize8(numbers: Tensor, scales: Tensor) -> Tensor:
+    """The matrix again, in float32."""
+    return numbers.float() * scales.float()
+
+
+def quantize4(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Numbers from -8 to 7 (F D), scales and zeros (F D/32): w is about numbers * scale + zero.
+
+    First the smallest number of each 32 becomes -8, the largest 7. Then the line through all pairs of number
+    and weight is drawn anew by least squares, and each weight takes the number nearest on it; twice.
+    """
+    w = w.float().unflatten(-1, (-1, GROUP))
+    low, high = w.aminmax(dim=-1, keepdim=True)
+    scales = (high - low) / 15
+    zeros = low + 8 * scales
+    for _ in range(2):
+        numbers = nearest4(w, scales, zeros)
+        spread = numbers - numbers.mean(-1, keepdim=True)
+        total = spread.pow(2).sum(-1, keepdim=True)
+        fitted = (spread * w).sum(-1, keepdim=True) / total.clamp(min=1)
+        scales = torch.where(total > 0, fitted, scales)  # 32 equal weights have no slope
+        zeros = w.mean(-1, keepdim=True) - numbers.mean(-1, keepdim=True) * scales
+    scales, zeros = scales.bfloat16(), zeros.bfloat16()
+    numbers = nearest4(w, scales.float(), zeros.float())  # by those that are kept
+    return numbers.to(torch.int8).flatten(-2), scales[..., 0], zeros[..., 0]
+
+
+def nearest4(w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """Which of the 16 numbers comes nearest to each weight?"""
+    return ((w - zeros) / scales.clamp(min=1e-30)).round().clamp(-8, 7)
+
+
+def dequantize4(numbers: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
+    """The matrix again, in float32."""
+    groups = numbers.float().unflatten(-1, (-1, GROUP))
+    return (groups * scales.float()[..., None] + zeros.float()[..., None]).flatten(-2)
+
+
+# ------------------------------------------------------------------------------------ as one tensor
+
+FORMS = {  # what a tensor of the dict is, by its dtype
+    torch.int8: "8 bits, a scale in bfloat16 for each row",
+    torch.uint8: "4 bits in the order of PyTorch's kernel, scale and zero in bfloat16 for each 32",
+    torch.int32: "4 bits in words, scale and zero in bfloat16 for each 32",
+    torch.int16: "8 bits in words, a scale in float16 for each 32: the numbers of Q8_0",
+    torch.uint16: "4 bits in words, a scale in float16 for each 32: the numbers of Q4_0",
+}
+EIGHT = (torch.int8, torch.int16)
+
+
+def check_kind(kind: str) -> None:
+    """ValueError unless this is a way to quantize."""
+    if kind not in KINDS:
+        raise ValueError(f"quantize {kind!r}: expected {' or '.join(KINDS)}")
+
+
+def is_quantized(w: Tensor) -> bool:
+    """Are these the bytes of a quantized matrix?"""
+    return w.dtype in FORMS
+
+
+def kind_of(kind: str, name: str, shape: tuple[int, ...]) -> str:
+    """What a tensor of the model becomes: int8, int4, or nothing. 4 bits take rows of whole groups."""
+    if len(shape) < 2:
+        return ""
+    whole = shape[1] % GROUP == 0
+    table = name in ("tok_embeddings.weight", "output.weight")
+    return "int4" if kind == "int4" and whole and not table else "int8"
+
+
+def bytes_of(kind: str, shape: tuple[int, ...]) -> int:
+    """How many bytes a matrix takes."""
+    F, D = shape
+    return F * D + 2 * F if kind == "int8" else F * D // 2 + 4 * F * D // GROUP
+
+
+def width_of(w: Tensor) -> int:
+    """How many numbers a row has, D."""
+    if w.dtype == torch.int8:
+        return w.shape[-1] - 2
+    of_group = {torch.uint8: 20, torch.int32: 5, torch.int16: 17, torch.uint16: 9}[w.dtype]
+    return w.shape[-1] // of_group * GROUP
+
+
+def split(w: Tensor) -> tuple[Tensor, ...]:
+    """The bytes of numbers (F D), two of 4 bits in one (F D/2), then scales, and zeros if there are any.
+
+    Scales and zeros: (F 1) or (F D/32); in the kernel's order both are one (D/32 F 2).
+    """
+    F, D = w.flatten(0, -2).shape[0], width_of(w)
+    eight = w.dtype in EIGHT
+    flat = w.flatten().view(torch.int8 if eight else torch.uint8)
+    count = F * D if eight else F * D // 2
+    numbers, beside = flat[:count].view(F, -1), flat[count:]
+    if w.dtype in (torch.int16, torch.uint16):
+        return numbers, beside.view(torch.float16).view(F, -1)
+    beside = beside.view(torch.bfloat16)
+    if w.dtype == torch.int8:
+        return numbers, beside.view(F, 1)
+    if w.dtype == torch.uint8:
+        return numbers, beside.view(-1, F, 2)
+    scales, zeros = beside.view(2, F, -1)
+    return numbers, scales, zeros
+
+
+def in_pairs(numbers: Tensor) -> Tensor:
+    """Numbers from -8 to 7 (F D), two in a byte, as 0 to 15: a row's first in the lower half."""
+    numbers = numbers.to(torch.uint8) + 8
+    return numbers[:, 0::2] + 16 * numbers[:, 1::2]
+
+
+def from_pairs(halves: Tensor) -> Tensor:
+    """The numbers again."""
+    return torch.stack((halves & 15, halves >> 4), -1).flatten(-2).to(torch.int8) - 8
+
+
+def in_words(packed: Tensor, n: int) -> Tensor:
+    """Bytes of a row (F …), n for each 32 numbers, in another order: the first 4 of all groups, the next 4, …
+
+    So words of 32 bits that stand side by side belong to groups that do, as their scales.
+    """
+    return packed.unflatten(-1, (-1, n // 4, 4)).transpose(1, 2).flatten(1)
+
+
+def from_words(packed: Tensor, n: int) -> Tensor:
+    """The bytes in order again."""
+    return packed.unflatten(-1, (n // 4, -1, 4)).transpose(1, 2).flatten(1)
+
+
+def for_kernel(numbers: Tensor) -> Tensor:
+    """Numbers from -8 to 7 (F D), two in a byte, as PyTorch's product on a CPU wants them.
+
+    It has an order of its own for each 64 rows, another one on each kind of CPU.
+    """
+    return torch._convert_weight_to_int4pack_for_cpu(numbers.int() + 8, 1)
+
+
+@functools.lru_cache(4)
+def places_in_kernel(F: int, D: int) -> Tensor:
+    """Where in that order, read as pairs, is each number (F D)? Places are packed, a digit at a time."""
+    at = torch.arange(F * D).view(F, D)
+    found = torch.zeros(F * D, dtype=torch.long)
+    for digit in range(-(-(F * D).bit_length() // 4)):
+        shown = (at >> 4 * digit & 15) - 8
+        found += from_pairs(for_kernel(shown)).flatten().long() + 8 << 4 * digit
+    return found.argsort().view(F, D)
+
+
+def from_kernel(halves: Tensor) -> Tensor:
+    """The numbers (F D) again, from PyTorch's order."""
+    parts = [
+        from_pairs(part).flatten()[places_in_kernel(len(part), 2 * part.shape[1])]
+        for part in halves.split(64)
+    ]
+    return torch.cat(parts)
+
+
+def has_kernel(w: Tensor) -> bool:
+    """Has PyTorch a product in 4 bits for such a matrix (F D)?"""
+    return w.is_cpu and len(w) % 16 == 0
+
+
+def quantized(w: Tensor, kind: str, in_order: bool = False) -> Tensor:
+    """A matrix (F D) in 8 or 4 bits, quantized some rows at a time, as one tensor of F rows: see FORMS.
+
+    in_order: 4 bits in words, for what is compiled, also where PyTorch has a kernel.
+    """
+    F, D = w.shape
+    dtype = torch.int8 if kind == "int8" else torch.int32
+    if kind == "int4" and has_kernel(w) and not in_order:
+        dtype = torch.uint8
+    one = torch.empty(bytes_of(kind, (F, D)), dtype=torch.int8, device=w.device)
+    one = one.view(dtype).view(F, -1)
+    numbers, *beside = split(one)
+    step = max(64, SLAB // D // 64 * 64)
+    for a in range(0, F, step):
+        some = slice(a, a + step)
+        if kind == "int8":
+            numbers[some], beside[0][some] = quantize8(w[some])
+            continue
+        found, scales, zeros = quantize4(w[some])
+        if dtype == torch.uint8:
+            numbers[some] = for_kernel(found)
+            beside[0][:, some] = torch.stack((scales.T, zeros.T), -1)
+        else:
+            numbers[some] = in_words(in_pairs(found), 16)
+            beside[0][some], beside[1][some] = scales, zeros
+    return one
+
+
+def unpacked(w: Tensor) -> tuple[Tensor, ...]:
+    """Numbers (F D) and scales, of our 4 bits zeros too, as quantize8 and quantize4 give them."""
+    numbers, *beside = split(w)
+    if w.dtype == torch.int16:
+        numbers = from_words(numbers, 32)
+    elif w.dtype == torch.uint8:
+        numbers, beside = from_kernel(numbers), [*beside[0].permute(2, 1, 0)]
+    elif w.dtype != torch.int8:
+        numbers = from_pairs(from_words(numbers, 16))
+    return numbers, *beside
+
+
+def dequantized(w: Tensor) -> Tensor:
+    """A matrix of the dict in float32 (F D), quantized or not."""
+    if not is_quantized(w):
+        return w.float()
+    numbers, scales, *zeros = unpacked(w)
+    if zeros:
+        return dequantize4(numbers, scales, zeros[0])
+    groups = numbers.float().unflatten(-1, (scales.shape[1], -1))
+    return dequantize8(groups, scales[..., None]).flatten(-2)
+
+
+def rows(w: Tensor, ids: Tensor) -> Tensor:
+    """Rows ids (…) of a matrix of the dict (… D): as they are, or those of a table in 8 bits in float32."""
+    if not is_quantized(w):
+        return w[ids]
+    numbers, scales = split(w)
+    found = numbers[ids]
+    if w.dtype == torch.int16:
+        found = from_words(found.flatten(0, -2), 32).view(found.shape)
+    groups = found.unflatten(-1, (scales.shape[1], -1))
+    return dequantize8(groups, scales[ids][..., None]).flatten(-2)
+
+
+# ------------------------------------------------------------------------------------ products
+
+
+def plain_product(x: Tensor, w: Tensor) -> Tensor:
+    """x (N D) times a quantized matrix (F D): the formula, which all others are held to."""
+    return x @ dequantized(w).to(x.dtype).T
+
+
+def one_row(x: Tensor, w: Tensor) -> Tensor:
+    """x (1 D) times a quantized matrix, not in the kernel's order, in a form that is compiled to one loop.
+
+    Numbers are read in words of 32 bits, and what a mask leaves of a word is a number times a power of two,
+    by which x is divided before. In a word numbers are without a sign: 0 stands in the middle.
+    """
+    packed, scales, *zeros = split(w)
+    words, bits, middle = packed.view(torch.int32), 4, 8
+    if w.dtype in EIGHT:
+        words, bits, middle = words ^ (0x80808080 - 2**32), 8, 128
+    n = 32 // bits  # numbers in a word
+    positions = words.shape[1] if w.dtype == torch.int8 else scales.shape[1]
+    words = words.unflatten(-1, (-1, positions))  # F, words of a position, positions
+    x = x[0].float().view(positions, -1, n).permute(1, 2, 0)
+    powers = bits * (
+        torch.arange(n, dtype=torch.int32, device=x.device)[:, None] % (n - 1)
+    )  # the last is shifted
+    # Contiguous, that is, as positions stand side by side in the words; else neither could be read at once.
+    shares = computed((x / (torch.ones_like(powers) << powers)).contiguous())
+    sums = computed(x.sum((0, 1)))
+    total = -middle * sums
+    for k in range(words.shape[1]):
+        for j in range(n):
+            word = words[:, k]
+            masked = word >> (32 - bits) & 2**bits - 1
+            if j < n - 1:
+                masked = word & (2**bits - 1) << bits * j
+            total = total + shares[k, j] * masked.float()
+    if w.dtype != torch.int8:
+        total = total * scales.float()
+    if zeros:
+        total = total + sums * zeros[0].float()
+    y = total.sum(-1)
+    if w.dtype == torch.int8:
+        y = y * scales[:, 0].float()
+    return y[None]
+
+
+def product(x: Tensor, w: Tensor) -> Tensor:
+    """x (N D) times a quantized matrix (F D), in the fastest way there is."""
+    D = x.shape[-1]
+    if w.dtype == torch.uint8:
+        numbers, beside = split(w)
+        return torch._weight_int4pack_mm_for_cpu(x, numbers, GROUP, beside.to(x.dtype))
+    if len(x) == 1 and torch.compiler.is_compiling() and D % GROUP == 0:
+        return one_row(x, w).to(x.dtype)
+    if w.dtype == torch.int8 and w.is_cpu:
+        numbers, scales = split(w)
+        return torch._weight_int8pack_mm(x, numbers, scales[:, 0].to(x.dtype))
+    return plain_product(x, w)
+
+
+def project(
+    x: Tensor, w: Tensor, plain: Callable[[Tensor, Tensor], Tensor] | None = None
+) -> Tensor:
+    """The script's `project` for any matrix of the dict, quantized or not. plain: for those that are not."""
+    if not is_quantized(w):
+        return (plain or llama.project)(x, w)
+    if x.requires_grad:
+        raise ValueError(
+            "gradients do not flow through quantized weights: load the model without quantize"
+        )
+    y = product(x.flatten(0, -2).contiguous(), w).unflatten(0, x.shape[:-1])
+    if w.dim() == 3:
+        y = y.unflatten(-1, w.shape[:2]).transpose(1, 2)
+    return y
+
+
+def for_quantized(forward: llama.Forward) -> llama.Forward:
+    """`forward`, which also takes quantized weights; with others it is as it was."""
+    if hasattr(forward, "takes_quantized"):
+        return forward
+
+    @functools.wraps(forward)
+    def read(
+        tokens: Tensor,
+        weights: llama.Weights,
+        params: llama.Params,
+        cache: llama.Cache | None = None,
+        positions: Tensor | None = None,
+        last: Tensor | None = None,
+        probe: llama.Probe = lambda name, dims, tensor: tensor,
+        project: Callable[[Tensor, Tensor], Tensor] = llama.project,
+    ) -> Tensor:
+        how = weights, params, cache, positions, last
+        table = weights["tok_embeddings.weight"]
+        if not is_quantized(table):
+            return forward(tokens, *how, probe, project)
+        asked = tokens
+
+        def with_rows(name: str, dims: str, tensor: Tensor) -> Tensor:
+            nonlocal asked
+            if name == "tok_embeddings":  # what was looked up are bytes: here are the numbers
+                tensor = rows(table, asked).to(weights["norm.weight"].dtype)
+            tensor = probe(name, dims, tensor)
+            if name == "tokens":
+                asked = tensor
+            return tensor
+
+        return forward(tokens, *how, with_rows, functools.partial(multiply, plain=project))
+
+    vars(read)["takes_quantized"] = True
+    return read
+
+
+multiply = project  # under a name that no parameter of `read` hides
+
+
+# ------------------------------------------------------------------------------------ loading
+
+
+def load(
+    shards: dict[str, llama.Weights],
+    params: llama.Params,
+    device: str,
+    dtype: torch.dtype,
+    join: Callable[[str, list[Tensor]], Tensor],
+    kind: str,
+) -> llama.Weights:
+    """The script's load_weights, with matrices in 8 or 4 bits: memory peaks at those plus one that is read.
+
+    A head that is the embedding is one table with it. From here on the script's forward takes such weights.
+    """
+    weights: llama.Weights = {}
+    for name, shape in llama.weight_shapes(params).items():
+        slices = [shard[name] for shard in shards.values() if name in shard]
+        if name == "output.weight" and not slices:
+            weights[name] = weights["tok_embeddings.weight"]
+            continue
+        w = join(name, slices).to(device)
+        into = kind_of(kind, name, shape)
+        weights[name] = quantized(w, into) if into else w.to(dtype)
+    llama.forward = for_quantized(llama.forward)  # type: ignore[assignment]
+    return weights
+
+
+def size_of(params: llama.Params, kind: str, dtype: torch.dtype, tied: bool) -> int:
+    """How many bytes the weights of a model take, when they are quantized."""
+    total = 0
+    for name, shape in llama.weight_shapes(params).items():
+        if name == "output.weight" and tied:
+            continue
+        into = kind_of(kind, name, shape)
+        total += bytes_of(into, shape) if into else shape[0] * dtype.itemsize
+    return total

@@ -1,0 +1,218 @@
+"""Weights in 8 and 4 bits: the formula, the kernels, loading, and what the command line says of them."""
+
+import math
+
+import pytest
+import torch
+from conftest import relative_error, some_tokens
+
+import llama3_from_scratch as llama
+from parts import inside, quantized
+
+
+def normal(F, D, seed=0):
+    return torch.randn(F, D, generator=torch.Generator().manual_seed(seed)) * 0.02
+
+
+@pytest.fixture(autouse=True)
+def forward_as_it_was(monkeypatch):
+    """What a quantized model puts in forward's place is gone after each test."""
+    monkeypatch.setattr(llama, "forward", llama.forward)
+
+
+def dequantized(weights, model, kind):
+    """Weights in bfloat16 that hold what a model in 8 or 4 bits holds; from another form of the formula."""
+    plain = {}
+    for name, w in weights.items():
+        into = quantized.kind_of(kind, name, tuple(w.shape))
+        plain[name] = w
+        if into == "int8":
+            numbers, scales = quantized.quantize8(w)
+            rows = [n * s for n, s in zip(numbers.double(), scales.double())]
+            plain[name] = torch.stack(rows)
+        elif into == "int4":
+            numbers, scales, zeros = quantized.quantize4(w)
+            columns = [
+                numbers[:, d].double() * scales[:, d // 32].double() + zeros[:, d // 32].double()
+                for d in range(w.shape[1])
+            ]
+            plain[name] = torch.stack(columns, 1)
+    return {name: w.float() for name, w in plain.items()}
+
+
+def test_8_bits():
+    w = normal(64, 96)
+    w[3] = 0
+    w[5] = torch.linspace(-127, 127, 96).round()
+    numbers, scales = quantized.quantize8(w)
+    assert numbers.dtype == torch.int8 and scales.shape == (64, 1)
+    assert numbers.abs().amax(-1).tolist() == [0 if n == 3 else 127 for n in range(64)]
+    again = quantized.dequantize8(numbers, scales)
+    assert torch.equal(again[3], w[3]) and torch.equal(again[5], w[5])
+    # At most half a step, and at the largest number what bfloat16 rounds off its scale.
+    assert ((again - w).abs() <= scales.float() * 0.76).all()
+    # A uniform error of a step has a standard deviation of 1/sqrt(12) of it.
+    others = [n for n in range(64) if n not in (3, 5)]
+    steps = ((again - w) / scales.float())[others]
+    assert steps.std().item() == pytest.approx(1 / math.sqrt(12), rel=0.05)
+
+
+def test_4_bits():
+    w = normal(32, 128)
+    w[3] = 0.25
+    w[5] = (torch.arange(128) % 16).float() - 3
+    numbers, scales, zeros = quantized.quantize4(w)
+    assert numbers.min() == -8 and numbers.max() == 7
+    assert scales.shape == zeros.shape == (32, 4)
+    again = quantized.dequantize4(numbers, scales, zeros)
+    assert torch.equal(again[3], w[3]) and torch.equal(again[5], w[5])
+
+
+def test_4_bits_have_less_error_than_range_alone():
+    w = normal(256, 256)
+    groups = w.unflatten(-1, (-1, 32))
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    step = (high - low) / 15
+    by_range = (((groups - low) / step).round() * step + low).flatten(-2)
+    largest = groups.abs().amax(-1, keepdim=True)
+    symmetric = ((groups / largest * 7).round() * largest / 7).flatten(-2)
+    ours = quantized.dequantize4(*quantized.quantize4(w))
+    errors = [(w - other).pow(2).mean().sqrt() for other in (ours, by_range, symmetric)]
+    assert errors[0] < 0.97 * errors[1] and errors[1] < errors[2]
+
+
+@pytest.mark.parametrize("kind", quantized.KINDS)
+@pytest.mark.parametrize("rows, width", ((64, 64), (80, 160), (24, 96)))
+def test_one_tensor_gives_the_formula(kind, rows, width):
+    w = normal(rows, width)
+    one = quantized.quantized(w, kind)
+    assert one.nbytes == quantized.bytes_of(kind, w.shape) and len(one) == rows
+    if kind == "int8":
+        matrix = quantized.dequantize8(*quantized.quantize8(w))
+    else:
+        matrix = quantized.dequantize4(*quantized.quantize4(w))
+    for dtype, bar in ((torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 6e-3)):
+        for T in (1, 3, 40):
+            x = torch.randn(2, T, width, generator=torch.Generator().manual_seed(T)).to(dtype)
+            expected = x.double() @ matrix.double().T
+            assert relative_error(quantized.project(x, one), expected) < bar, (dtype, T)
+            heads = quantized.project(x, one.view(2, rows // 2, -1))
+            assert relative_error(heads, expected.unflatten(-1, (2, -1)).transpose(1, 2)) < bar
+
+
+def test_many_rows_at_a_time(monkeypatch):
+    w = normal(208, 64)
+    for kind in quantized.KINDS:
+        whole = quantized.quantized(w, kind)
+        monkeypatch.setattr(quantized, "SLAB", 1000)
+        assert torch.equal(quantized.quantized(w, kind), whole)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("rows, width", ((64, 64), (80, 160), (24, 96), (208, 32)))
+def test_4_bits_in_both_orders(rows, width):
+    """That of PyTorch's kernel, and words, which a GPU is given, and what is compiled."""
+    w = normal(rows, width)
+    expected = quantized.quantize4(w)
+    for in_order in (False, True):
+        one = quantized.quantized(w, "int4", in_order)
+        assert one.nbytes == quantized.bytes_of("int4", w.shape) and len(one) == rows
+        kernel = rows % 16 == 0 and not in_order
+        assert one.dtype == (torch.uint8 if kernel else torch.int32)
+        for found, tensor in zip(quantized.unpacked(one), expected):
+            assert torch.equal(found, tensor)
+        assert torch.equal(quantized.dequantized(one), quantized.dequantize4(*expected))
+
+
+@pytest.mark.parametrize("kind", quantized.KINDS)
+@pytest.mark.parametrize("rows, width", ((64, 64), (24, 96)))
+def test_the_form_for_one_row_is_the_same_product(kind, rows, width):
+    one = quantized.quantized(normal(rows, width), kind, in_order=True)
+    x = torch.randn(1, width, generator=torch.Generator().manual_seed(1))
+    expected = x.double() @ quantized.dequantized(one).double().T
+    assert relative_error(quantized.one_row(x, one), expected) < 1e-6
+
+
+@pytest.mark.parametrize("kind", quantized.KINDS)
+def test_forward(model, kind):
+    params, weights = model(torch.float32)
+    tokens = some_tokens(params)
+    held = quantized.load({"one": weights}, params, "cpu", torch.float32, lambda n, s: s[0], kind)
+    assert {w.dtype for w in held.values() if w.dim() > 1} <= {torch.int8, torch.uint8}
+    assert {w.dtype for w in held.values() if w.dim() == 1} == {torch.float32}
+    plain = dequantized(weights, params, kind)
+    expected, found = {}, {}
+    llama.forward(tokens, plain, params, probe=inside.record(expected))
+    llama.forward(tokens, held, params, probe=inside.record(found))
+    for name, tensor in expected.items():
+        assert relative_error(found[name], tensor) < 2e-5, name
+
+    other = tokens.flip(1)
+
+    def swap(name, dims, tensor):
+        return other if name == "tokens" else tensor
+
+    swapped = llama.forward(tokens, held, params, probe=swap)
+    assert torch.equal(swapped, llama.forward(other, held, params))
+
+
+def test_gradients_are_refused(model):
+    params, weights = model(torch.float32)
+    held = quantized.load({"one": weights}, params, "cpu", torch.float32, lambda n, s: s[0], "int8")
+    held["layers.0.attention_norm.weight"].requires_grad_()
+    with pytest.raises(ValueError, match="gradients do not flow through quantized weights"):
+        llama.forward(some_tokens(params), held, params)
+
+
+@pytest.mark.parametrize("tied", (False, True))
+def test_command_line(checkpoint, script, tmp_path, tied):
+    folder = checkpoint(tied=tied, vocab_size=1280, tokenizer=llama.TINY / "tokenizer.model")
+    sizes = {}
+    for kind in quantized.KINDS:
+        said = script("Hello", "--weights", folder, "--quantize", kind, "--max-new-tokens", 5)
+        assert said.returncode == 0, said.stderr
+        assert f" of {kind}\n" in said.stderr
+        weights, params, _ = llama.load_model(folder, quantize=kind, quiet=True)
+        held = {w.data_ptr(): w.nbytes for w in weights.values()}
+        sizes[kind] = sum(held.values())
+        assert sizes[kind] == quantized.size_of(params, kind, torch.bfloat16, tied)
+        assert (weights["output.weight"] is weights["tok_embeddings.weight"]) == tied
+    assert sizes["int4"] < sizes["int8"]
+
+
+def test_command_line_with_all_else(script, tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Once upon a time\nThe llama\nOne day, a\n")
+    run = "--quantize", "int8", "--max-new-tokens", 4
+    many = script("--prompts", prompts, *run)
+    assert many.stdout.count('"finish_reason"') == 3, many.stderr
+    trace = tmp_path / "trace.safetensors"
+    said = script("Once upon", *run, "--layers", 2, "--save-trace", trace)
+    assert said.returncode == 0 and trace.is_file(), said.stderr
+    chat = script("--chat", "What do llamas eat?", *run)
+    assert chat.returncode == 0 and chat.stdout, chat.stderr
+    wrong = script("Once", "--quantize", "int5")
+    assert wrong.returncode == 2 and "int8" in wrong.stderr
+    both = script("Once", *run, "--compile")
+    assert both.returncode == 2 and "--quantize goes without --compile" in both.stderr
+    stop = script(
+        "Once", *run, "--break-at", "layers.0.*scores", env={"PYTHONBREAKPOINT": "builtins.globals"}
+    )
+    assert stop.returncode == 0 and "stopped at layers.0.attention.scores" in stop.stderr
+    assert stop.stdout
+
+
+def test_library():
+    with pytest.raises(ValueError, match="expected int8 or int4"):
+        llama.load_model(quantize="q4", quiet=True)
+    model = llama.load_model(quantize="int8", quiet=True)
+    text = llama.complete("Once upon a time", model, 5)
+    assert text == llama.complete("Once upon a time", max_new_tokens=5)
+
+
+def test_several_processes_are_refused(monkeypatch):
+    from parts import layouts
+
+    monkeypatch.setattr(layouts, "processes", lambda: (0, 2))
+    with pytest.raises(ValueError, match="--quantize int8: not with several processes"):
+        llama.load_model(quantize="int8", quiet=True)
