@@ -748,6 +748,10 @@ def test_html_holds_both(ported, tmp_path, capsys):
     torch.testing.assert_close(theirs[scores][finite] / 8**0.5, ours[scores][finite])
     q = "layers.0.attention.q"
     torch.testing.assert_close(theirs[q], ours[q])
+    content = base64.b64decode(found[1][2])
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    bounds = json.loads(header["__metadata__"]["bounds"])
+    assert len(bounds) == 54 and set(bounds.values()) == {1e-5} and {*bounds} < {*ours}
 
     (tmp_path / "other.html").write_text("mine")
     for wrong in ("other.html", "no/page.html"):

@@ -41,6 +41,13 @@ export const infoOf = name => (isDifference() ? now.both.tensors.get(name)?.[0] 
   ?? now.traces.find(trace => trace.tensors.has(name))?.tensors.get(name);
 export const isHere = name => isDifference() ? sameShape(name) : current().tensors.has(name);
 export const layers = () => layerCount(now.names);
+export const layersHere = () =>
+  [...new Set(now.names.map(layerOf))].filter(layer => layer !== undefined).sort((a, b) => a - b);
+export function layersOfModel() {  // how many it has; undefined where a part of a pass does not tell
+  const told = now.traces.map(({params}) => params.n_layers).find(Number.isInteger), count = layersHere().length;
+  const whole = count === layers() && ["norm", "logits"].some(name => now.names.includes(name));
+  return told ?? (whole ? count : undefined);
+}
 
 // Numbers of the side that is looked at, or the difference of the two.
 export async function values(name, first, count) {
