@@ -228,6 +228,7 @@ def test_layers_of_a_part_of_a_pass(open_page, tmp_path):
     page = open_page(tmp_path / "some.safetensors", at="#tensor=layers.2.attention.out")
     controls = page.locator("#controls")
     assert "layer 2 ›" in controls.inner_text().replace("\n", " ")
+    assert "layers" not in page.inner_text("#map .sizes")
     for key, layer in (("]", 5), ("]", 5), ("[", 2), ("[", 2)):
         page.keyboard.press(key)
         page.wait_for_selector(f"h2:has-text('layers.{layer}.attention.out')")

@@ -5,6 +5,7 @@ import {lastPanel} from "./beside.js";
 import {cellPanel} from "./cell.js";
 import {contributionsPanel} from "./contributions.js";
 import {$, element, readout, say} from "./dom.js";
+import {guessPanel} from "./guess.js";
 import {howRead} from "./layouts.js";
 import {lensPicture} from "./lens.js";
 import {dimsElement, dimsWithSizes} from "./letters.js";
@@ -38,6 +39,7 @@ const PICTURES = [
 // always: also where there is no picture.
 const PANELS = [
   cellPanel,
+  guessPanel,
   wherePanel,
   lastPanel,
   meaningPanel,

@@ -99,7 +99,7 @@ export function choose(change, how = {}) {
   if ("head" in change && !("overlay" in change)) now.overlay = [];
   settle();
   if ("cell" in change || "token" in change) settleCell(!("cell" in change));
-  if (now.cell && "cell" in change && !("token" in change)) Object.assign(now, cellChoice(...now.cell));
+  if (now.cell && "cell" in change && !("token" in change) && now.name !== LENS) Object.assign(now, cellChoice(...now.cell));
   return Promise.all(watchers.map(watcher => watcher(change, () => mine === turn, how)));
 }
 
@@ -131,13 +131,18 @@ function settle() {  // what is chosen must be there
 // The position whose numbers a row holds: of norm, some ports keep that of the last position only.
 export const skippedRows = name => Math.max(0, tokenIds().length - matricesOf(name, infoOf(name).shape).rows);
 
+function cellsOfName() {  // how many rows and columns of numbers there are to choose from; null: none
+  if (now.name !== LENS) return infoOf(now.name)?.count ? matricesOf(now.name, infoOf(now.name).shape) : null;
+  const [L, , T] = current().tensors.get("lens.ids")?.shape ?? [];
+  return T ? {rows: 2 * L, cols: T} : null;  // each layer, and its attention alone
+}
 function settleCell(follow) {  // it is there; follow: it moves to the chosen token
-  const info = now.name === LENS ? null : infoOf(now.name);
-  if (!info?.count) now.cell = null;
+  const cells = cellsOfName();
+  if (!cells) now.cell = null;
   if (!now.cell) return;
-  const {rows, cols} = matricesOf(now.name, info.shape);
+  const {rows, cols} = cells;
   let [row, col] = now.cell;
-  if (follow && now.name === "tokens") col = now.token;
+  if (follow && ["tokens", LENS].includes(now.name)) col = now.token;
   else if (follow && dimsOf(now.name)) row = now.token - skippedRows(now.name);
   now.cell = [Math.max(0, Math.min(row, rows - 1)), Math.min(col, cols - 1)];
 }
