@@ -149,6 +149,18 @@ def test_an_unknown_mistake_is_unknown(ported, capsys):
     assert found["tensors"]["layers.1.attention.out"]["at"] == [0, 3, 5]
 
 
+def test_one_wrong_number_makes_no_rule_of_the_rotation(ported, capsys):
+    def change(trace):
+        trace["layers.0.attention.q_rotated"][0, 1, 7, 3] += 1
+        return trace
+
+    folder, file = ported(change=change)
+    code, found = ask(capsys, folder, file)
+    (step,) = found["steps"]
+    assert code == 1 and not step["mistakes"] and "times as long" not in step["measured"]
+    assert found["tensors"][step["first"]]["place"] == {"H": 1, "T": 7, "E": 3}
+
+
 def test_an_unknown_mistake_is_not_taken_for_rounding(ported, tmp_path, capsys):
     """Layers in another order: nothing here looks like it, though much of it is near after two mistakes."""
     folder, file = ported()
