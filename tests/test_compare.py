@@ -149,6 +149,18 @@ def test_an_unknown_mistake_is_unknown(ported, capsys):
     assert found["tensors"]["layers.1.attention.out"]["at"] == [0, 3, 5]
 
 
+def test_one_wrong_number_makes_no_rule_of_the_rotation(ported, capsys):
+    def change(trace):
+        trace["layers.0.attention.q_rotated"][0, 1, 7, 3] += 1
+        return trace
+
+    folder, file = ported(change=change)
+    code, found = ask(capsys, folder, file)
+    (step,) = found["steps"]
+    assert code == 1 and not step["mistakes"] and "times as long" not in step["measured"]
+    assert found["tensors"][step["first"]]["place"] == {"H": 1, "T": 7, "E": 3}
+
+
 def test_an_unknown_mistake_is_not_taken_for_rounding(ported, tmp_path, capsys):
     """Layers in another order: nothing here looks like it, though much of it is near after two mistakes."""
     folder, file = ported()
@@ -748,6 +760,10 @@ def test_html_holds_both(ported, tmp_path, capsys):
     torch.testing.assert_close(theirs[scores][finite] / 8**0.5, ours[scores][finite])
     q = "layers.0.attention.q"
     torch.testing.assert_close(theirs[q], ours[q])
+    content = base64.b64decode(found[1][2])
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    bounds = json.loads(header["__metadata__"]["bounds"])
+    assert len(bounds) == 54 and set(bounds.values()) == {1e-5} and {*bounds} < {*ours}
 
     (tmp_path / "other.html").write_text("mine")
     for wrong in ("other.html", "no/page.html"):

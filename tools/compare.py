@@ -42,7 +42,6 @@ from tools.mistakes import MISTAKES, pass_with
 
 DTYPES = ("float32", "bfloat16", "float16")
 LARGEST_TOLERANCE = 0.1  # a relative error; beyond it "agrees" would mean nothing
-MASKED = -5e3  # a score that stands for -inf: e to this is 0 in every number format
 
 # ------------------------------------------------------------------------------------ passes of the script
 
@@ -142,7 +141,7 @@ def aligned(x, y):
     if x.shape != y.shape:
         y = y[:, -1:]
     x, y = x.double(), y.double()
-    x = torch.where((y == -math.inf) & (x < MASKED), -math.inf, x)
+    x = torch.where((y == -math.inf) & (x < dumps.MASKED), -math.inf, x)
     return x, y
 
 
@@ -716,6 +715,7 @@ def run(args):
     )
     model = weights, params
     theirs, called = dumps.recognise(held, names, args.theirs, params)
+    before_mask = dumps.mask_scores(theirs)
     tokens, odd, cut = reference_tokens(args, theirs, about, tokenizer, model)
     with torch.no_grad():
         trace = plain_pass(tokens, model)
@@ -735,6 +735,9 @@ def run(args):
         called = {name: called[name] for name in known}
         theirs_known = {name: theirs[name] for name in known}
         found, read = compared(args, theirs_known, called, about, trace, tokens, model)
+        for name in before_mask & found["tensors"].keys():
+            said = found["tensors"][name]["layout"]
+            found["tensors"][name]["layout"] = f"{said}, before the mask".removeprefix(", ")
         if args.html:
             first = found["steps"][0]["first"] if found["steps"] else None
             found["page"] = write_html(args, found, first, read, trace, tokens, model, tokenizer)
@@ -783,6 +786,7 @@ def compared(args, theirs, called, about, trace, tokens, model):
             step["measured"] = angles.what_turns(*pair, model[1], exact)
     for name, d in differences.items():
         d["step"] = own_errors[name]
+        d["allowed"] = tolerances[name]
         wrong = d["step"] > of_steps[name]
         d["verdict"] = "DIFFERS" if wrong else "follows" if name in differing else "ok"
     kind = str(dtype).removeprefix("torch.")
@@ -816,6 +820,7 @@ def write_html(args, found, first, read, trace, tokens, model, tokenizer):
         )
         if tensors is sides["the script"]:
             about["reference"] = "yes"  # errors on the page are relative to it, as here
+            about["bounds"] = json.dumps({n: d["allowed"] for n, d in found["tensors"].items()})
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "trace.safetensors"
             inside.save_tensors(file, tensors, about)

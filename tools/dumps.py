@@ -312,6 +312,33 @@ def in_halves(called: Iterable[str]) -> bool:
     )
 
 
+MASKED = -5e3  # a score that stands for -inf: e to this is 0 in every number format
+
+
+def without_a_mask(x: Tensor) -> bool:
+    """Does no number of scores or probs (… T S) stand for a later token that may not be looked at?"""
+    later = torch.ones(x.shape[-2:], dtype=torch.bool).triu(1)
+    return bool(later.any()) and bool((x[..., later] > MASKED).all())
+
+
+def mask_scores(theirs: Tensors) -> set[str]:
+    """Masks scores that were kept before their mask; returns their names.
+
+    That there was a mask later on the probs tell: later tokens have none. Without probs what follows tells.
+    """
+    found = set()
+    for name in [name for name in theirs if re.fullmatch(r"layers\.\d+\.attention\.scores", name)]:
+        x, probs = theirs[name], theirs.get(name.replace("scores", "probs"))
+        if x.dtype not in NUMBERS or x.dim() < 2 or not without_a_mask(x):
+            continue
+        if probs is not None and (probs.dim() < 2 or probs.triu(1).any()):
+            continue  # there was none
+        later = torch.ones(x.shape[-2:], dtype=torch.bool).triu(1)
+        theirs[name] = x.masked_fill(later, -torch.inf)
+        found.add(name)
+    return found
+
+
 def check_numbers(source: str, theirs: Tensors, known: list[str]) -> None:
     """ValueError unless the tensors that are to be compared are plain finite numbers (of scores -inf too)."""
     for name in known:

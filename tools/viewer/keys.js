@@ -2,8 +2,8 @@
 
 import {$} from "./dom.js";
 import {findInList} from "./list.js";
-import {LENS, isPaired, layerOf, matricesOf} from "./model.js";
-import {choose, chooseLayer, infoOf, layers, now, tokenIds} from "./state.js";
+import {LENS, inLayer, isPaired, layerOf, matricesOf} from "./model.js";
+import {choose, chooseLayer, infoOf, layersHere, now, tokenIds} from "./state.js";
 
 const around = (x, by, n) => ((x + by) % n + n) % n;
 
@@ -12,7 +12,9 @@ function stepTensor(by) {
   return {name: now.names[Math.max(0, Math.min(i, now.names.length - 1))]};
 }
 function stepLayer(by) {
-  chooseLayer((layerOf(now.name) ?? (by > 0 ? -1 : layers())) + by);
+  const here = layersHere(), before = by > 0 ? -1 : here.length;
+  const next = (inLayer(now.name) ? here.indexOf(layerOf(now.name)) : before) + by;
+  if (next in here) chooseLayer(here[next]);
 }
 function stepHead(by) {
   const n = now.name === LENS ? 1 : matricesOf(now.name, infoOf(now.name).shape).n;

@@ -4,7 +4,7 @@
 import {show} from "./dom.js";
 import {dimsOf, inOrder, partOf, sizesOf} from "./model.js";
 import {inHalves, ourName, wrapperOf} from "./names.js";
-import {read} from "./safetensors.js";
+import {MASKED, read} from "./safetensors.js";
 
 // A tensor's axes as lists of factors [size, stride], the slowest first: reading is going along these.
 const sizeOf = axis => axis.reduce((n, [size]) => n * size, 1);
@@ -231,6 +231,20 @@ async function arrangeOne(trace, reference) {
   for (const [name, [way]] of ways) trace.tensors.set(name, viewed(trace.tensors.get(name), way));
 }
 
+async function laterOf(trace, info) {  // the numbers of the first matrix that stand for later tokens
+  const [rows, cols] = info.shape.slice(-2), data = await read(trace, {...info, scores: null}, 0, rows * cols);
+  return data.filter((_, at) => at % cols > Math.floor(at / cols) + cols - rows);
+}
+// Were scores kept before their mask? Then no number says so, and later tokens have no probs all the same.
+async function findMasks(trace) {
+  for (const [name, info] of trace.tensors) {
+    if (!info.scores || info.shape.length < 2 || !info.count) continue;
+    const probs = trace.tensors.get(name.replace("scores", "probs")), later = await laterOf(trace, info);
+    if (!later.length || !later.every(x => x > MASKED)) continue;
+    info.scores.before = !probs || probs.shape.length < 2 || (await laterOf(trace, probs)).every(x => x === 0);
+  }
+}
+
 async function tokensOf(trace) {
   const info = trace.tensors.get("tokens");
   if (!info) return;
@@ -254,6 +268,7 @@ export async function arrange(traces) {
   for (const trace of traces) {
     trace.tensors = recognised(trace, trace.params.n_layers ? trace.params : known);
     await tokensOf(trace);
+    await findMasks(trace);
   }
   const model = {...sizesOf(traces.find(fitsOurs) ?? traces[0]), ...fromParams(known)};
   for (const trace of traces) {
@@ -276,6 +291,7 @@ export function howRead(name, info) {
   if (info.called && info.called !== name) words.push(`called ${info.called} in the file`);
   if (info.words) words.push(`read as ${info.words}`);
   if (info.scores?.mask) words.push(`its mask is ${show(info.scores.mask)}, shown as −∞`);
+  if (info.scores?.before) words.push("kept before its mask: later tokens are shown as −∞");
   if (info.silu) words.push("silu is computed here");
   return words.join(", ");
 }

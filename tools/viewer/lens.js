@@ -2,6 +2,7 @@
 
 import {inkOn, legend, rgb} from "./colors.js";
 import {css, cut, element, percent, readout} from "./dom.js";
+import {guessAt} from "./guess.js";
 import {LENS} from "./model.js";
 import {read} from "./safetensors.js";
 import {choose, current, isDifference, now, quoted, tokenName} from "./state.js";
@@ -43,7 +44,7 @@ function cellOf({trace, ids, V}, who, layer, position, found) {
     `after ${tokenName(position, ids, trace)}, layer ${layer}${who} would say `
     + likeliest.map(([id, p]) => `${quoted(id, trace)} ${percent(p)} %`).join(", ")
     + (rank ? `; the final token is number ${rank}` : "") + (entropy !== null ? `; entropy ${entropy.toFixed(2)} bits` : ""));
-  cell.onclick = () => choose({token: position});
+  cell.onclick = () => choose({token: position, cell: guessAt(layer, who !== "", position)});
   return cell;
 }
 

@@ -41,19 +41,19 @@ const shapeText = name => {
 function tell(name) {
   tellFirst();
   if (name === undefined) return;
-  if (differs(stats.get(name))) markDifferent(name);
+  if (differs(name)) markDifferent(name);
   const row = rowOf(name), line = row?.querySelector("small"), found = stats.get(name);
   if (row) row.querySelector("span").textContent = shapeText(name);
   if (!line || !found) return;
   line.replaceChildren();
   const side = isDifference() ? null : found.sides[now.side];
   const alarm = text => line.append(" ", element("span", {className: "alarm"}, text));
-  if (found.error !== null && differs(found)) alarm(errorText(found));
+  if (found.error !== null && differs(name)) alarm(errorText(found));
   if (side?.nan) alarm(`${side.nan} NaN`);
   if (side?.inf) line.append(` ${side.inf} infinite `);
   if (side?.n) line.append(` ${show(side.low)} … ${show(side.high)}  mean ${show(side.mean)}  `
     + `sd ${show(side.deviation)}`);
-  if (found.error !== null && !differs(found)) line.append(`  ${errorText(found)}`);
+  if (found.error !== null && !differs(name)) line.append(`  ${errorText(found)}`);
   line.title = line.textContent;
 }
 

@@ -5,7 +5,7 @@ import {GLIMPSED, forget, glimpseKey, glimpseOf, unbusy} from "./glimpse.js";
 import {SHORT, dimsElement, dimsText, dimsWithSizes, knownSizes, letterOf} from "./letters.js";
 import {LENS, LETTERS, dimsOf, inLayer, inputsOf, layerOf, partOf} from "./model.js";
 import {OPERATORS, TRUNK, layoutOf, lineOf} from "./places.js";
-import {choose, chooseLayer, current, infoOf, layers, now, watchChoice} from "./state.js";
+import {choose, chooseLayer, current, infoOf, isDifference, layers, layersOfModel, now, watchChoice} from "./state.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const NOTES = [  // what the two blocks of a layer are for
@@ -32,9 +32,14 @@ function labelOf(name) {  // within its block the short one, but "out" would be 
   return part === "out" ? name : part.endsWith(".out") ? part : part.replace(/^(attention|feed_forward)\./, "");
 }
 
+function shownSizes() {  // of two prompts those positions are compared that both begin with
+  const sizes = {...knownSizes(current()), L: layersOfModel()}, common = isDifference() && now.both.common;
+  return common ? {...sizes, T: common, S: common} : sizes;
+}
+
 function nodeOf(name, {x, y, w, h, part}, sizes) {
   const here = now.names.includes(name), pairs = name === LENS ? [["L", sizes.L ?? "?"], ["T", sizes.T ?? "?"]]
-    : dimsWithSizes(name, infoOf(name)?.shape, sizes);
+    : dimsWithSizes(name, isDifference() && name === "tokens" ? undefined : infoOf(name)?.shape, sizes);
   const label = labelOf(name), dims = dimsElement(pairs), inner = w - 8;
   const title = `${name}  ${dimsText(pairs)}${here ? "" : "  (not in this trace)"}`;
   const node = element("button", {className: "node", title, ariaLabel: title, disabled: !here,
@@ -147,7 +152,7 @@ function draw() {
   seen = new Set();
   watcher?.disconnect();
   if (!known) return;
-  const sizes = knownSizes(current()), many = Math.max(1, layers(), sizes.L), legend = sizesLine(sizes);
+  const sizes = shownSizes(), many = Math.max(1, layers(), sizes.L ?? 0), legend = sizesLine(sizes);
   const scrolled = $("map").scrollTop, again = focused();
   $("map").replaceChildren(legend);
   const [wide, high] = room(), stripHigh = touch.matches ? 46 : 26 * stripRows(many) + 2;

@@ -5,6 +5,7 @@ import {lastPanel} from "./beside.js";
 import {cellPanel} from "./cell.js";
 import {contributionsPanel} from "./contributions.js";
 import {$, element, readout, say} from "./dom.js";
+import {guessPanel} from "./guess.js";
 import {howRead} from "./layouts.js";
 import {lensPicture} from "./lens.js";
 import {dimsElement, dimsWithSizes} from "./letters.js";
@@ -14,7 +15,7 @@ import {lookButtons} from "./looks.js";
 import {meaningPanel} from "./meaning.js";
 import {LENS, dimsOf, inLayer, isPaired, layerOf, matricesOf, matrixName} from "./model.js";
 import {ropePicture} from "./rope.js";
-import {choose, chooseLayer, current, groupSize, infoOf, isDifference, isHere, layers, now, watchChoice} from "./state.js";
+import {choose, chooseLayer, current, groupSize, infoOf, isDifference, isHere, layersHere, layersOfModel, now, watchChoice} from "./state.js";
 import {streamPicture} from "./stream.js";
 import {matrixPicture, tokensPicture} from "./tensor.js";
 import {toolsOf} from "./tools.js";
@@ -38,6 +39,7 @@ const PICTURES = [
 // always: also where there is no picture.
 const PANELS = [
   cellPanel,
+  guessPanel,
   wherePanel,
   lastPanel,
   meaningPanel,
@@ -54,11 +56,16 @@ function viewOf(still) {
   return {name: now.name, info, shape, layout: matricesOf(now.name, shape), picture: $("picture"), still};
 }
 
-function stepper(what, value, n, change) {
+function stepper(what, value, n, change, words = `${value} of ${n}`) {
   const button = (text, by) => element("button", {
     ariaLabel: `${by > 0 ? "next" : "previous"} ${what}`, disabled: n < 2,
     onclick: () => change((value + by + n) % n)}, text);
-  return element("span", {}, button("‹", -1), ` ${what} ${value} of ${n} `, button("›", 1));
+  return element("span", {}, button("‹", -1), ` ${what} ${words} `, button("›", 1));
+}
+
+function layerStepper(name) {  // through those that the trace has
+  const here = layersHere(), layer = layerOf(name), all = layersOfModel();
+  return stepper("layer", here.indexOf(layer), here.length, at => chooseLayer(here[at]), all ? `${layer} of ${all}` : `${layer}`);
 }
 
 function headStepper({name, shape, layout: {n, heads}}) {
@@ -77,7 +84,7 @@ function groupText({name, layout: {heads}}) {  // which query heads share which 
 function controls(view) {
   const {name, info, shape, layout} = view, parts = [element("h2", {}, name)];
   if (info) parts.push(element("span", {}, dimsElement(dimsWithSizes(name, shape, {})), `  ${info.dtype}`));
-  if (inLayer(name)) parts.push(stepper("layer", layerOf(name), layers(), chooseLayer));
+  if (inLayer(name)) parts.push(layerStepper(name));
   if (layout.n > 1) parts.push(headStepper(view));
   const group = groupText(view);
   if (group) parts.push(element("span", {id: "group"}, group));

@@ -1,12 +1,18 @@
-// Reads .safetensors files: the header at once, each tensor's numbers only when they are looked at.
+// Reads .safetensors files, and numpy's: the header at once, each tensor's numbers only when they are looked at.
+
+import {arraysOf, kindOf} from "./arrays.js";
 
 const BYTES = {F64: 8, F32: 4, F16: 2, BF16: 2, I64: 8, I32: 4, I16: 2, I8: 1, U8: 1, BOOL: 1};
 const ARRAYS = {F64: Float64Array, F32: Float32Array, I32: Int32Array, I16: Int16Array,
                 I8: Int8Array, U8: Uint8Array, BOOL: Uint8Array};
-const MASKED = -5e3;  // a score that stands for −∞: e to this is 0 in every number format
+export const MASKED = -5e3;  // a score that stands for −∞: e to this is 0 in every number format
+
+const KINDS = "This page opens .safetensors, .npz and .npy.";
+const INSTEAD = "only Python reads what torch.save writes; python tools/compare.py FILE.pt --html page.html puts it "
+  + "on a page beside the script's";
 
 function failing(name) {
-  return why => { throw new Error(`${name} is not a safetensors file that can be shown: ${why}.`); };
+  return why => { throw new Error(`${name} cannot be shown: ${why}. ${KINDS}`); };
 }
 
 async function headerOf(blob, fail) {
@@ -30,19 +36,29 @@ function placeOf(key, info, start, size, fail) {
   return {dtype, shape, count, start: start + at[0]};
 }
 
+async function heldIn(blob, name, fail) {  // the tensors of a file, and its metadata
+  const kind = await kindOf(blob);
+  if (kind === "gguf") fail("it holds weights, not the numbers of a pass; --save-trace of the script writes those");
+  if (kind === "pickle") fail(INSTEAD);
+  if (kind) return {about: {}, tensors: await arraysOf(blob, name, BYTES, fail) ?? fail(INSTEAD)};
+  const {header, start} = await headerOf(blob, fail);
+  const {__metadata__: about = {}, ...found} = header, tensors = new Map();
+  for (const [key, info] of Object.entries(found)) tensors.set(key, placeOf(key, info, start, blob.size, fail));
+  return {about, tensors};
+}
+
 function jsonOf(text) {
   try { return JSON.parse(text) ?? {}; } catch { return {}; }
 }
 
 // A trace: name, blob, tensors (name to dtype, shape, count, start), about (the metadata as strings),
 // params and texts (of token ids) out of it, rows (token ids, by row of the batch; arrange() reads them),
-// found (the tensors as the file names them and lays them out).
+// bounds (by name how far another one may be off), found (the tensors as the file names them and lays them out).
 export async function openTrace(blob, name) {
-  const fail = failing(name), {header, start} = await headerOf(blob, fail);
-  const {__metadata__: about = {}, ...found} = header, tensors = new Map();
-  for (const [key, info] of Object.entries(found)) tensors.set(key, placeOf(key, info, start, blob.size, fail));
+  const fail = failing(name), {about, tensors} = await heldIn(blob, name, fail);
   if (!tensors.size) fail("there is no tensor in it");
-  return {name, blob, tensors, found: tensors, about, params: jsonOf(about.params), texts: jsonOf(about.texts), rows: [[]]};
+  return {name, blob, tensors, found: tensors, about, params: jsonOf(about.params), texts: jsonOf(about.texts),
+    bounds: jsonOf(about.bounds), rows: [[]]};
 }
 
 function half(bits) {
@@ -52,7 +68,7 @@ function half(bits) {
 }
 let halves = null;  // the value of each of the 65,536 float16 numbers
 
-async function stored({blob}, {dtype, start}, first, last) {  // numbers as they stand in the file
+async function stored(trace, {dtype, start, blob = trace.blob}, first, last) {  // numbers as they stand in the file
   const size = BYTES[dtype], bytes = await blob.slice(start + first * size, start + last * size).arrayBuffer();
   if (dtype === "BF16") {
     const held = new Uint16Array(bytes), wide = new Uint32Array(held.length);
@@ -106,13 +122,14 @@ async function laidOut(trace, info, first, last) {
   return data;
 }
 
-// A mask of large negative numbers is a mask: later positions that a score hides are −∞.
+// A mask of large negative numbers is a mask: later positions that a score hides are −∞. So are those of scores
+// that were kept before their mask.
 function masked(data, first, [rows, cols], info) {
   for (let i = 0; i < data.length; i++) {
-    if (!(data[i] < MASKED) || data[i] === -Infinity) continue;
+    if ((!info.before && !(data[i] < MASKED)) || data[i] === -Infinity) continue;
     const at = first + i, col = at % cols, row = Math.floor(at / cols) % rows;
     if (col <= row + cols - rows) continue;
-    info.mask ??= data[i];
+    if (!info.before) info.mask ??= data[i];
     data[i] = -Infinity;
   }
 }

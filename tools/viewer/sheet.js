@@ -5,7 +5,7 @@ import {element} from "./dom.js";
 import {heat} from "./picture.js";
 import {choose, now} from "./state.js";
 
-const SAMPLE = 200_000;
+const SAMPLE = 200_000, DOUBLE = 300;  // milliseconds: two clicks within them are a double click
 
 // now.reach: "" (the colours reach up to the largest number), "99%" (of the numbers), or a number.
 export function reachOf(text) {  // null: it makes no sense
@@ -95,6 +95,18 @@ function followDrag(frame, canvas, part, zoom) {  // a frame drawn with the mous
   });
 }
 
+// A double click shows all of it again: the first of the two waits for the second before it chooses a number.
+function followDoubleClick(canvas, all) {
+  let waiting;
+  canvas.addEventListener("click", event => {
+    if (!event.isTrusted) return;
+    event.stopImmediatePropagation();
+    clearTimeout(waiting);
+    if (event.detail < 2) waiting = setTimeout(() => canvas.click(), DOUBLE);
+  }, true);
+  canvas.ondblclick = all;
+}
+
 // heat(), of the part that is zoomed to.
 export function sheet(view, data, rows, cols, {rowName, colName, words, mark, cell, pick, ...how}) {
   const part = windowOf(view.shape, rows, cols), {top, left} = part;
@@ -106,7 +118,7 @@ export function sheet(view, data, rows, cols, {rowName, colName, words, mark, ce
     words: (i, j, x) => words(i + top, j + left, x)});
   const frame = element("div", {className: "frame"}, canvas), zoom = to => zoomTo(view.shape, to, [rows, cols]);
   followDrag(frame, canvas, part, zoom);
-  canvas.ondblclick = () => zoom(whole(rows, cols));
+  if (isZoomed(view.shape)) followDoubleClick(canvas, () => zoom(whole(rows, cols)));
   view.ranged = true;
   view.zoom = {by: factor => zoomBy(view.shape, rows, cols, factor, how.square), all: () => zoom(whole(rows, cols))};
   return frame;

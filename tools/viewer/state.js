@@ -41,6 +41,13 @@ export const infoOf = name => (isDifference() ? now.both.tensors.get(name)?.[0] 
   ?? now.traces.find(trace => trace.tensors.has(name))?.tensors.get(name);
 export const isHere = name => isDifference() ? sameShape(name) : current().tensors.has(name);
 export const layers = () => layerCount(now.names);
+export const layersHere = () =>
+  [...new Set(now.names.map(layerOf))].filter(layer => layer !== undefined).sort((a, b) => a - b);
+export function layersOfModel() {  // how many it has; undefined where a part of a pass does not tell
+  const told = now.traces.map(({params}) => params.n_layers).find(Number.isInteger), count = layersHere().length;
+  const whole = count === layers() && ["norm", "logits"].some(name => now.names.includes(name));
+  return told ?? (whole ? count : undefined);
+}
 
 // Numbers of the side that is looked at, or the difference of the two.
 export async function values(name, first, count) {
@@ -92,7 +99,7 @@ export function choose(change, how = {}) {
   if ("head" in change && !("overlay" in change)) now.overlay = [];
   settle();
   if ("cell" in change || "token" in change) settleCell(!("cell" in change));
-  if (now.cell && "cell" in change && !("token" in change)) Object.assign(now, cellChoice(...now.cell));
+  if (now.cell && "cell" in change && !("token" in change) && now.name !== LENS) Object.assign(now, cellChoice(...now.cell));
   return Promise.all(watchers.map(watcher => watcher(change, () => mine === turn, how)));
 }
 
@@ -124,13 +131,18 @@ function settle() {  // what is chosen must be there
 // The position whose numbers a row holds: of norm, some ports keep that of the last position only.
 export const skippedRows = name => Math.max(0, tokenIds().length - matricesOf(name, infoOf(name).shape).rows);
 
+function cellsOfName() {  // how many rows and columns of numbers there are to choose from; null: none
+  if (now.name !== LENS) return infoOf(now.name)?.count ? matricesOf(now.name, infoOf(now.name).shape) : null;
+  const [L, , T] = current().tensors.get("lens.ids")?.shape ?? [];
+  return T ? {rows: 2 * L, cols: T} : null;  // each layer, and its attention alone
+}
 function settleCell(follow) {  // it is there; follow: it moves to the chosen token
-  const info = now.name === LENS ? null : infoOf(now.name);
-  if (!info?.count) now.cell = null;
+  const cells = cellsOfName();
+  if (!cells) now.cell = null;
   if (!now.cell) return;
-  const {rows, cols} = matricesOf(now.name, info.shape);
+  const {rows, cols} = cells;
   let [row, col] = now.cell;
-  if (follow && now.name === "tokens") col = now.token;
+  if (follow && ["tokens", LENS].includes(now.name)) col = now.token;
   else if (follow && dimsOf(now.name)) row = now.token - skippedRows(now.name);
   now.cell = [Math.max(0, Math.min(row, rows - 1)), Math.min(col, cols - 1)];
 }

@@ -68,7 +68,7 @@ export const wherePanel = {
       const found = stats.get(name);
       if (!found) return place.replaceChildren("Comparing …");
       const line = element("p", {}, `${errorText(found)[0].toUpperCase()}${errorText(found).slice(1)}`
-        + (differs(found) ? "" : found.error === 0 ? ": every number is the same" : ": no more than rounding"));
+        + (differs(name) ? "" : found.error === 0 ? ": every number is the same" : ": no more than rounding"));
       if (found.apart.most) line.append("; ", element("button", {id: "largest",
         onclick: () => jumpTo(name, found.apart.at)}, whereText(name, found)));
       place.replaceChildren(line, ...found.apart.most ? drawingsOf(name) : []);
