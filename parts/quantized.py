@@ -274,54 +274,58 @@ def plain_product(x: Tensor, w: Tensor) -> Tensor:
 
 
 def one_row(x: Tensor, w: Tensor) -> Tensor:
-    """x (1 D) times a quantized matrix, not in the kernel's order, in a form that is compiled to one loop.
-
-    Numbers are read in words of 32 bits, and what a mask leaves of a word is a number times a power of two,
-    by which x is divided before. In a word numbers are without a sign: 0 stands in the middle.
-    """
+    """x (1 D) times a quantized matrix, not in the kernel's order, in a form that is compiled to one loop."""
+    x = x.float()
     packed, scales, *zeros = split(w)
-    words, bits, middle = packed.view(torch.int32), 4, 8
-    if w.dtype in EIGHT:
-        words, bits, middle = words ^ (0x80808080 - 2**32), 8, 128
+    if w.dtype == torch.int8:
+        return (computed(x) * packed.float()).sum(-1)[None] * scales.float().T
+    if (
+        w.dtype == torch.int32
+    ):  # without a look at the bytes: a compiler then knows that words begin at words
+        words = w.flatten()[: packed.numel() // 4].view(len(packed), -1)
+    else:
+        words = packed.view(torch.int32)
+    G = scales.shape[1]
+    bits = 8 if w.dtype == torch.int16 else 4
     n = 32 // bits  # numbers in a word
-    positions = words.shape[1] if w.dtype == torch.int8 else scales.shape[1]
-    words = words.unflatten(-1, (-1, positions))  # F, words of a position, positions
-    x = x[0].float().view(positions, -1, n).permute(1, 2, 0)
-    powers = bits * (
-        torch.arange(n, dtype=torch.int32, device=x.device)[:, None] % (n - 1)
-    )  # the last is shifted
-    # Contiguous, that is, as positions stand side by side in the words; else neither could be read at once.
-    shares = computed((x / (torch.ones_like(powers) << powers)).contiguous())
+    words = words.unflatten(-1, (-1, G))  # F, words of a group, groups
+    x = x[0].view(G, -1, n).permute(1, 2, 0)
     sums = computed(x.sum((0, 1)))
-    total = -middle * sums
+    # Of 4 bits a mask leaves a number times a power of two, by which x is divided before; 0 is 8 there.
+    powers = torch.arange(n, dtype=torch.int32, device=x.device)[:, None] % (n - 1) * 4
+    if bits == 4:
+        x = x / (torch.ones_like(powers) << powers)
+    # Contiguous: as groups stand side by side in the words. Else neither could be read at once.
+    shares = computed(x.contiguous())
+    total = -8 * sums if bits == 4 else 0 * sums
     for k in range(words.shape[1]):
         for j in range(n):
-            word = words[:, k]
-            masked = word >> (32 - bits) & 2**bits - 1
-            if j < n - 1:
-                masked = word & (2**bits - 1) << bits * j
-            total = total + shares[k, j] * masked.float()
-    if w.dtype != torch.int8:
-        total = total * scales.float()
+            number = words[:, k] >> 28 & 15
+            if bits == 8:
+                number = words[:, k] << (24 - 8 * j) >> 24
+            elif j < n - 1:
+                number = words[:, k] & 15 << 4 * j
+            total = total + shares[k, j] * number.float()
+    total = total * scales.float()
     if zeros:
         total = total + sums * zeros[0].float()
-    y = total.sum(-1)
-    if w.dtype == torch.int8:
-        y = y * scales[:, 0].float()
-    return y[None]
+    return total.sum(-1)[None]
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
-    """x (N D) times a quantized matrix (F D), in the fastest way there is."""
-    D = x.shape[-1]
+    """x (N D) times a quantized matrix (F D): by PyTorch's kernel where it has one.
+
+    Kernels take tensors that are in memory, also where they are compiled in: so their arguments are computed.
+    """
     if w.dtype == torch.uint8:
         numbers, beside = split(w)
-        return torch._weight_int4pack_mm_for_cpu(x, numbers, GROUP, beside.to(x.dtype))
-    if len(x) == 1 and torch.compiler.is_compiling() and D % GROUP == 0:
-        return one_row(x, w).to(x.dtype)
+        kernel = torch._weight_int4pack_mm_for_cpu
+        return kernel(computed(x), numbers, GROUP, computed(beside.to(x.dtype)))
     if w.dtype == torch.int8 and w.is_cpu:
         numbers, scales = split(w)
-        return torch._weight_int8pack_mm(x, numbers, scales[:, 0].to(x.dtype))
+        return torch._weight_int8pack_mm(computed(x), numbers, computed(scales[:, 0].to(x.dtype)))
+    if len(x) == 1 and torch.compiler.is_compiling():
+        return one_row(x, w).to(x.dtype)
     return plain_product(x, w)
 
 
