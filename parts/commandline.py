@@ -232,8 +232,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         wrong("--prompts goes without a prompt, --break-at, --save-trace and --view")
     if args.view is not None and not args.view.endswith((".html", ".htm")):
         wrong(f"--view {args.view}: a file that ends in .html; the prompt stands before --view")
-    if args.quantize is not None and args.compile:
-        wrong("--quantize goes without --compile, which is not for weights in 8 or 4 bits")
     args.show_asked = args.show is not None
     args.show = args.show or ("none" if args.chat else "first")
     if not (args.save_trace or args.view) and (args.trace_only or args.trace_generated):

@@ -13,6 +13,7 @@ to the formula.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -23,9 +24,7 @@ from parts.rewritings import computed
 
 KINDS = ("int8", "int4")
 GROUP = 32  # numbers of a row that share a scale and a zero in 4 bits
-SLAB = (
-    2**22
-)  # numbers that are quantized at once: the float32 they take is given back before the next
+SLAB = 2**22  # numbers quantized at once: the float32 they take is given back before the next
 
 
 # ------------------------------------------------------------------------------------ the formula
@@ -84,10 +83,7 @@ FORMS = {  # what a tensor of the dict is, by its dtype
     torch.int8: "8 bits, a scale in bfloat16 for each row",
     torch.uint8: "4 bits in the order of PyTorch's kernel, scale and zero in bfloat16 for each 32",
     torch.int32: "4 bits in words, scale and zero in bfloat16 for each 32",
-    torch.int16: "8 bits in words, a scale in float16 for each 32: the numbers of Q8_0",
-    torch.uint16: "4 bits in words, a scale in float16 for each 32: the numbers of Q4_0",
 }
-EIGHT = (torch.int8, torch.int16)
 
 
 def check_kind(kind: str) -> None:
@@ -120,8 +116,7 @@ def width_of(w: Tensor) -> int:
     """How many numbers a row has, D."""
     if w.dtype == torch.int8:
         return w.shape[-1] - 2
-    of_group = {torch.uint8: 20, torch.int32: 5, torch.int16: 17, torch.uint16: 9}[w.dtype]
-    return w.shape[-1] // of_group * GROUP
+    return w.shape[-1] * w.dtype.itemsize * 8 // 5
 
 
 def split(w: Tensor) -> tuple[Tensor, ...]:
@@ -130,13 +125,10 @@ def split(w: Tensor) -> tuple[Tensor, ...]:
     Scales and zeros: (F 1) or (F D/32); in the kernel's order both are one (D/32 F 2).
     """
     F, D = w.flatten(0, -2).shape[0], width_of(w)
-    eight = w.dtype in EIGHT
-    flat = w.flatten().view(torch.int8 if eight else torch.uint8)
-    count = F * D if eight else F * D // 2
-    numbers, beside = flat[:count].view(F, -1), flat[count:]
-    if w.dtype in (torch.int16, torch.uint16):
-        return numbers, beside.view(torch.float16).view(F, -1)
-    beside = beside.view(torch.bfloat16)
+    flat, count = w.flatten(), F * D
+    if w.dtype != torch.int8:
+        flat, count = flat.view(torch.uint8), F * D // 2
+    numbers, beside = flat[:count].view(F, -1), flat[count:].view(torch.bfloat16)
     if w.dtype == torch.int8:
         return numbers, beside.view(F, 1)
     if w.dtype == torch.uint8:
@@ -156,17 +148,17 @@ def from_pairs(halves: Tensor) -> Tensor:
     return torch.stack((halves & 15, halves >> 4), -1).flatten(-2).to(torch.int8) - 8
 
 
-def in_words(packed: Tensor, n: int) -> Tensor:
-    """Bytes of a row (F …), n for each 32 numbers, in another order: the first 4 of all groups, the next 4, …
+def in_words(halves: Tensor) -> Tensor:
+    """Bytes of a row (F D/2), 16 a group, in another order: the first 4 of all groups, the next 4, …
 
     So words of 32 bits that stand side by side belong to groups that do, as their scales.
     """
-    return packed.unflatten(-1, (-1, n // 4, 4)).transpose(1, 2).flatten(1)
+    return halves.unflatten(-1, (-1, 4, 4)).transpose(1, 2).flatten(1)
 
 
-def from_words(packed: Tensor, n: int) -> Tensor:
+def from_words(halves: Tensor) -> Tensor:
     """The bytes in order again."""
-    return packed.unflatten(-1, (n // 4, -1, 4)).transpose(1, 2).flatten(1)
+    return halves.unflatten(-1, (4, -1, 4)).transpose(1, 2).flatten(1)
 
 
 def for_kernel(numbers: Tensor) -> Tensor:
@@ -202,43 +194,49 @@ def has_kernel(w: Tensor) -> bool:
     return w.is_cpu and len(w) % 16 == 0
 
 
+def put4(one: Tensor, some: slice, numbers: Tensor, scales: Tensor, zeros: Tensor) -> None:
+    """Puts rows as quantize4 gives them into a tensor in 4 bits, in its order."""
+    into, *beside = split(one)
+    if one.dtype == torch.uint8:
+        into[some] = for_kernel(numbers)
+        beside[0][:, some] = torch.stack((scales.T, zeros.T), -1)
+    else:
+        into[some] = in_words(in_pairs(numbers))
+        beside[0][some], beside[1][some] = scales, zeros
+
+
+def empty(kind: str, shape: tuple[int, ...], device: torch.device, kernel: bool) -> Tensor:
+    """Room for a quantized matrix. kernel: 4 bits in the order of PyTorch's kernel, else in words."""
+    dtype = torch.int8 if kind == "int8" else torch.uint8 if kernel else torch.int32
+    room = torch.empty(bytes_of(kind, shape), dtype=torch.int8, device=device)
+    return room.view(dtype).view(shape[0], -1)
+
+
 def quantized(w: Tensor, kind: str, in_order: bool = False) -> Tensor:
     """A matrix (F D) in 8 or 4 bits, quantized some rows at a time, as one tensor of F rows: see FORMS.
 
-    in_order: 4 bits in words, for what is compiled, also where PyTorch has a kernel.
+    in_order: 4 bits in words, as on a GPU, also where PyTorch has a kernel.
     """
     F, D = w.shape
-    dtype = torch.int8 if kind == "int8" else torch.int32
-    if kind == "int4" and has_kernel(w) and not in_order:
-        dtype = torch.uint8
-    one = torch.empty(bytes_of(kind, (F, D)), dtype=torch.int8, device=w.device)
-    one = one.view(dtype).view(F, -1)
-    numbers, *beside = split(one)
+    one = empty(kind, (F, D), w.device, has_kernel(w) and not in_order)
     step = max(64, SLAB // D // 64 * 64)
     for a in range(0, F, step):
         some = slice(a, a + step)
-        if kind == "int8":
-            numbers[some], beside[0][some] = quantize8(w[some])
+        if kind == "int4":
+            put4(one, some, *quantize4(w[some]))
             continue
-        found, scales, zeros = quantize4(w[some])
-        if dtype == torch.uint8:
-            numbers[some] = for_kernel(found)
-            beside[0][:, some] = torch.stack((scales.T, zeros.T), -1)
-        else:
-            numbers[some] = in_words(in_pairs(found), 16)
-            beside[0][some], beside[1][some] = scales, zeros
+        numbers, scales = split(one)
+        numbers[some], scales[some] = quantize8(w[some])
     return one
 
 
 def unpacked(w: Tensor) -> tuple[Tensor, ...]:
-    """Numbers (F D) and scales, of our 4 bits zeros too, as quantize8 and quantize4 give them."""
+    """Numbers (F D) and scales, of 4 bits zeros too, as quantize8 and quantize4 give them."""
     numbers, *beside = split(w)
-    if w.dtype == torch.int16:
-        numbers = from_words(numbers, 32)
-    elif w.dtype == torch.uint8:
-        numbers, beside = from_kernel(numbers), [*beside[0].permute(2, 1, 0)]
-    elif w.dtype != torch.int8:
-        numbers = from_pairs(from_words(numbers, 16))
+    if w.dtype == torch.uint8:
+        return from_kernel(numbers), *beside[0].permute(2, 1, 0)
+    if w.dtype == torch.int32:
+        numbers = from_pairs(from_words(numbers))
     return numbers, *beside
 
 
@@ -246,11 +244,7 @@ def dequantized(w: Tensor) -> Tensor:
     """A matrix of the dict in float32 (F D), quantized or not."""
     if not is_quantized(w):
         return w.float()
-    numbers, scales, *zeros = unpacked(w)
-    if zeros:
-        return dequantize4(numbers, scales, zeros[0])
-    groups = numbers.float().unflatten(-1, (scales.shape[1], -1))
-    return dequantize8(groups, scales[..., None]).flatten(-2)
+    return dequantize8(*unpacked(w)) if w.dtype == torch.int8 else dequantize4(*unpacked(w))
 
 
 def rows(w: Tensor, ids: Tensor) -> Tensor:
@@ -258,11 +252,7 @@ def rows(w: Tensor, ids: Tensor) -> Tensor:
     if not is_quantized(w):
         return w[ids]
     numbers, scales = split(w)
-    found = numbers[ids]
-    if w.dtype == torch.int16:
-        found = from_words(found.flatten(0, -2), 32).view(found.shape)
-    groups = found.unflatten(-1, (scales.shape[1], -1))
-    return dequantize8(groups, scales[ids][..., None]).flatten(-2)
+    return dequantize8(numbers[ids], scales[ids])
 
 
 # ------------------------------------------------------------------------------------ products
@@ -274,41 +264,28 @@ def plain_product(x: Tensor, w: Tensor) -> Tensor:
 
 
 def one_row(x: Tensor, w: Tensor) -> Tensor:
-    """x (1 D) times a quantized matrix, not in the kernel's order, in a form that is compiled to one loop."""
+    """x (1 D) times a quantized matrix, not in the kernel's order, in a form that compiles to one loop.
+
+    4 bits are read in words of 8 numbers. A mask leaves of a word a number times a power of 16, by which x is
+    divided before; the last number is shifted. As 0 is 8 there, 8 times the sum of x is taken off.
+    """
     x = x.float()
     packed, scales, *zeros = split(w)
-    if w.dtype == torch.int8:
+    if not zeros:
         return (computed(x) * packed.float()).sum(-1)[None] * scales.float().T
-    if (
-        w.dtype == torch.int32
-    ):  # without a look at the bytes: a compiler then knows that words begin at words
-        words = w.flatten()[: packed.numel() // 4].view(len(packed), -1)
-    else:
-        words = packed.view(torch.int32)
-    G = scales.shape[1]
-    bits = 8 if w.dtype == torch.int16 else 4
-    n = 32 // bits  # numbers in a word
-    words = words.unflatten(-1, (-1, G))  # F, words of a group, groups
-    x = x[0].view(G, -1, n).permute(1, 2, 0)
+    # Without a look at the bytes: a compiler then knows that words begin at words.
+    words = w.flatten()[: packed.numel() // 4].view(len(packed), 4, -1)  # F 4 groups
+    x = x[0].view(-1, 4, 8).permute(1, 2, 0)  # 4 8 groups
     sums = computed(x.sum((0, 1)))
-    # Of 4 bits a mask leaves a number times a power of two, by which x is divided before; 0 is 8 there.
-    powers = torch.arange(n, dtype=torch.int32, device=x.device)[:, None] % (n - 1) * 4
-    if bits == 4:
-        x = x / (torch.ones_like(powers) << powers)
+    powers = torch.arange(8, dtype=torch.int32, device=x.device)[:, None] % 7 * 4
+    x = x / (torch.ones_like(powers) << powers)
     # Contiguous: as groups stand side by side in the words. Else neither could be read at once.
     shares = computed(x.contiguous())
-    total = -8 * sums if bits == 4 else 0 * sums
-    for k in range(words.shape[1]):
-        for j in range(n):
-            number = words[:, k] >> 28 & 15
-            if bits == 8:
-                number = words[:, k] << (24 - 8 * j) >> 24
-            elif j < n - 1:
-                number = words[:, k] & 15 << 4 * j
-            total = total + shares[k, j] * number.float()
-    total = total * scales.float()
-    if zeros:
-        total = total + sums * zeros[0].float()
+    total = -8 * sums
+    for k, j in itertools.product(range(4), range(8)):
+        number = words[:, k] & 15 << 4 * j if j < 7 else words[:, k] >> 28 & 15
+        total = total + shares[k, j] * number.float()
+    total = total * scales.float() + sums * zeros[0].float()
     return total.sum(-1)[None]
 
 

@@ -1,13 +1,20 @@
 """Weights in 8 and 4 bits: the formula, the kernels, loading, and what the command line says of them."""
 
 import math
+import os
+import shutil
 
 import pytest
 import torch
 from conftest import relative_error, some_tokens
 
 import llama3_from_scratch as llama
-from parts import inside, quantized
+from parts import compiled, inside, quantized
+
+needs_a_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") or os.environ.get("CXX") or os.environ.get("CI")),
+    reason="needs a C++ compiler",
+)
 
 
 def normal(F, D, seed=0):
@@ -193,13 +200,39 @@ def test_command_line_with_all_else(script, tmp_path):
     assert chat.returncode == 0 and chat.stdout, chat.stderr
     wrong = script("Once", "--quantize", "int5")
     assert wrong.returncode == 2 and "int8" in wrong.stderr
-    both = script("Once", *run, "--compile")
-    assert both.returncode == 2 and "--quantize goes without --compile" in both.stderr
     stop = script(
         "Once", *run, "--break-at", "layers.0.*scores", env={"PYTHONBREAKPOINT": "builtins.globals"}
     )
     assert stop.returncode == 0 and "stopped at layers.0.attention.scores" in stop.stderr
     assert stop.stdout
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("kind", quantized.KINDS)
+@pytest.mark.parametrize("in_order", (False, True))
+def test_compiled_gives_what_eager_gives(kind, in_order, monkeypatch, model):
+    """Token for token in float32; once by PyTorch's kernels, once as on a GPU, by sums that are compiled."""
+    params, weights = model(torch.float32, n_layers=1)
+    held = {}
+    for name, w in weights.items():
+        into = quantized.kind_of(kind, name, tuple(w.shape))
+        held[name] = quantized.quantized(w, into, in_order) if into else w
+    monkeypatch.setattr(llama, "forward", quantized.for_quantized(llama.forward))
+    if in_order:
+        monkeypatch.setattr(quantized, "product", lambda x, w: quantized.one_row(x, w).to(x.dtype))
+    torch._dynamo.reset()
+    step, found = compiled.compiled_step(), []
+    tokens = some_tokens(params, B=1, T=9)
+    for run in (llama.forward, step):
+        cache = llama.make_cache(held, params, 1, 64)
+        logits = []
+        for t in range(9):
+            at = torch.tensor([[t]])
+            with torch.no_grad():
+                logits.append(run(tokens[:, t : t + 1], held, params, cache, at, torch.tensor([0])))
+        found.append(torch.cat(logits, 1))
+    assert relative_error(found[1], found[0]) < 1e-5
+    assert torch.equal(found[1].argmax(-1), found[0].argmax(-1))
 
 
 def test_library():
