@@ -1,0 +1,73 @@
+"""What the exercises of walkthrough.md need: heads set to zero, a port compared."""
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import llama3_from_scratch as llama
+from walkthrough.helpers import ids_of, is_small, record
+
+
+def copying(model: llama.Model, name: str) -> tuple[list[int], float]:
+    """A text in which a name comes up again, but for its last token; and that token's probability."""
+    tokenizer = model[2]
+    named = llama.encode(tokenizer, name)
+    text = ids_of("Once upon a time, there was a little fox named", tokenizer) + named
+    text += llama.encode(tokenizer, " who lived near the sea.") + named
+    return text, without(model, text, [])
+
+
+def without(model: llama.Model, text: Sequence[int], heads: Sequence[tuple[int, int]]) -> float:
+    """The probability of a text's last token with these heads (layer, number) set to zero."""
+    weights, params, _ = model
+
+    def probe(name: str, dims: str, tensor: Tensor) -> Tensor:
+        for i, n in heads:
+            if name == f"layers.{i}.attention.heads":
+                tensor = tensor.clone()
+                tensor[:, n] = 0
+        return tensor
+
+    last = torch.tensor([len(text) - 2])
+    logits = llama.forward(torch.tensor([text[:-1]]), weights, params, last=last, probe=probe)
+    return round(logits[0, -1].softmax(-1)[text[-1]].item(), 3)
+
+
+def lookers(model: llama.Model, text: Sequence[int]) -> list[tuple[int, int]]:
+    """The heads (layer, number) whose last token looks mostly at the earlier place of the one to come."""
+    weights, params, _ = model
+    trace: dict[str, Tensor] = {}
+    llama.forward(torch.tensor([text[:-1]]), weights, params, probe=record(trace))
+    place = text.index(text[-1])
+    return [
+        (i, n)
+        for i in range(params["n_layers"])
+        for n in range(params["n_heads"])
+        if trace[f"layers.{i}.attention.probs"][0, n, -1, place] > 0.5
+    ]
+
+
+def compared(ids: Sequence[int], model: llama.Model, folder: str, probe: llama.Probe) -> str:
+    """What tools/compare.py says of a pass with this probe: its first two lines."""
+    if not is_small(folder):
+        return "(compare runs the model once for each mistake that it knows: not shown for a large one)"
+    from tools import compare
+
+    weights, params, _ = model
+    port: dict[str, Tensor] = {}
+    keep = record(port)
+    llama.forward(
+        torch.tensor([ids]), weights, params, probe=lambda *step: keep(*step[:2], probe(*step))
+    )
+    said = io.StringIO()
+    with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(said):
+        file = Path(place) / "port.safetensors"
+        save_file(port, file)
+        compare.main([str(file), "--weights", folder])
+    return "\n".join(said.getvalue().splitlines()[:2])
