@@ -43,6 +43,7 @@ NAMED = {
     **{letter: TERMINAL[code] for letter, code in COLOURS.items()},
     "G": TERMINAL["33"],  # the table has no G: it is of H
     "HE": TERMINAL["33"],
+    "GT": TERMINAL["1"],
 }
 # From the least to the most, as in tools/viewer/colors.js; of signed numbers zero is in the middle.
 RAMPS = {

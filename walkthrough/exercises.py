@@ -3,7 +3,7 @@
 import contextlib
 import io
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -39,6 +39,29 @@ def without(model: llama.Model, text: Sequence[int], heads: Sequence[tuple[int, 
     return round(logits[0, -1].softmax(-1)[text[-1]].item(), 3)
 
 
+def layers_to_break(params: llama.Params) -> list[int]:
+    """All layers of a small model, the middle and the last of a large one."""
+    L = params["n_layers"]
+    return list(range(L)) if L <= 8 else [L // 2, L - 1]
+
+
+def without_each(model: llama.Model, text: Sequence[int], layer: int) -> Tensor:
+    """The probability of a text's last token without each head of a layer: one pass, row n loses head n."""
+    weights, params, _ = model
+    rows = torch.arange(params["n_heads"])
+
+    def probe(name: str, dims: str, tensor: Tensor) -> Tensor:
+        if name == f"layers.{layer}.attention.heads":  # B H T E, here H H T E
+            tensor = tensor.clone()
+            tensor[rows, rows] = 0
+        return tensor
+
+    batch = torch.tensor([text[:-1]] * len(rows))
+    last = torch.full((len(rows),), len(text) - 2)
+    logits = llama.forward(batch, weights, params, last=last, probe=probe)
+    return logits[:, -1].float().softmax(-1)[:, text[-1]]
+
+
 def lookers(model: llama.Model, text: Sequence[int]) -> list[tuple[int, int]]:
     """The heads (layer, number) whose last token looks mostly at the earlier place of the one to come."""
     weights, params, _ = model
@@ -51,6 +74,13 @@ def lookers(model: llama.Model, text: Sequence[int]) -> list[tuple[int, int]]:
         for n in range(params["n_heads"])
         if trace[f"layers.{i}.attention.probs"][0, n, -1, place] > 0.5
     ]
+
+
+@contextlib.contextmanager
+def quiet(said: io.StringIO) -> Iterator[None]:
+    """Collects what is said in `said`; what goes to stderr, about loading, is dropped."""
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+        yield
 
 
 def compared(ids: Sequence[int], model: llama.Model, folder: str, probe: llama.Probe) -> str:
@@ -66,7 +96,7 @@ def compared(ids: Sequence[int], model: llama.Model, folder: str, probe: llama.P
         torch.tensor([ids]), weights, params, probe=lambda *step: keep(*step[:2], probe(*step))
     )
     said = io.StringIO()
-    with tempfile.TemporaryDirectory() as place, contextlib.redirect_stdout(said):
+    with tempfile.TemporaryDirectory() as place, quiet(said):
         file = Path(place) / "port.safetensors"
         save_file(port, file)
         compare.main([str(file), "--weights", folder])

@@ -139,5 +139,34 @@ def hits(logits: Tensor, ids: Sequence[int]) -> int:
     return (logits[0, :-1].argmax(-1) == torch.tensor(ids[1:])).sum().item()
 
 
+def ranks_of(tokenizer: tiktoken.Encoding) -> dict[bytes, int]:
+    """The bytes of each token that was found by merging, and its rank."""
+    return dict(vars(tokenizer)["_mergeable_ranks"])
+
+
+def telling_unit(parts: dict[str, Tensor]) -> int:
+    """A unit whose gate is shut for about half of the tokens, and that has much to say for others."""
+    shut = (parts["gate"].abs() < 0.3).float().mean(0)
+    loud = parts["hidden"].abs().sort(0).values[-3]
+    ignored = (parts["up"].abs() * (parts["gate"].abs() < 0.3)).amax(0)
+    return int((loud * ignored * ((shut > 0.3) & (shut < 0.7))).argmax())
+
+
+def trainable(weights: llama.Weights) -> llama.Weights:
+    """Copies of the weights that can learn; of a large model the last layer alone can."""
+    large = sum(w.numel() for w in weights.values()) > 2e8
+    last = max((name for name in weights if name.startswith("layers.")), key=lambda name: int(name.split(".")[1]))
+    layer = ".".join(last.split(".")[:2]) + "."
+    return {
+        name: w if large and not name.startswith(layer) else w.detach().clone().requires_grad_()
+        for name, w in weights.items()
+    }
+
+
+def learning(weights: llama.Weights) -> list[Tensor]:
+    """Those that can learn."""
+    return [w for w in weights.values() if w.requires_grad]
+
+
 __all__ = ["EIGHT", "ONE", "record"]
 __all__ += [name for name, it in globals().items() if getattr(it, "__module__", "") == __name__]

@@ -68,7 +68,7 @@ def boxes() -> dict[str, Box]:
     third = (WIDE - PAD - left + 14) / 3
     found = {}
     for part, (row, a, b) in PLACES.items():
-        y = 36 + row * (BOX + GAP) + (STRIP + 14) * (row > 0) + 12 * (row > 9)
+        y = 36 + row * (BOX + GAP) + (STRIP + 14) * (row > 0) - 6 * (row > 9)
         trunk = a == TRUNK
         x, w = (PAD, TRUNK_WIDE) if trunk else (left + a * third, (b - a) * third - 14)
         found[part] = Box(row, trunk, x, y, w)
@@ -96,7 +96,8 @@ def way(a: Box, b: Box, axis: float) -> tuple[str, float, float]:
     """A line from box to box, and where its words stand."""
     if b.trunk and a.row < b.row or (b.trunk and not a.trunk):
         y = a.y + BOX / 2
-        return f"M{a.x:.1f} {y:.1f}H{axis + 10:.1f}" + arrow(axis + 10, y, "left"), (a.x + axis) / 2, y
+        end = b.x + b.w if a.row == b.row else axis + 10
+        return f"M{a.x:.1f} {y:.1f}H{end:.1f}" + arrow(end, y, "left"), (a.x + end) / 2, y
     if a.row == b.row and not a.trunk:
         right = a.x < b.x
         x1, x2 = (a.x + a.w, b.x) if right else (a.x, b.x + b.w)
@@ -104,7 +105,7 @@ def way(a: Box, b: Box, axis: float) -> tuple[str, float, float]:
         return f"M{x1:.1f} {y:.1f}H{x2:.1f}" + arrow(x2, y, "right" if right else "left"), (x1 + x2) / 2, y
     if a.trunk:
         y = b.y + BOX / 2
-        return f"M{axis:.1f} {y:.1f}H{b.x:.1f}" + arrow(b.x, y, "right"), (axis + b.x) / 2 + 20, y
+        return f"M{axis:.1f} {y:.1f}H{b.x:.1f}" + arrow(b.x, y, "right"), (a.x + a.w + b.x) / 2 - 4, y
     if b.row - a.row > 1:
         x = a.x + a.w - 12
         return f"M{x:.1f} {a.y + BOX:.1f}V{b.y:.1f}" + arrow(x, b.y, "down"), x, b.y
@@ -134,8 +135,10 @@ def the_map(name: str, weights: llama.Weights, params: llama.Params, tokens: Ten
     strip = top + BOX + GAP / 2
     end = places["norm"].y + BOX / 2
     body.append(path(f"M{axis:.1f} {top + 10:.1f}V{end:.1f}", "stream", 9))
-    body.append(text(axis + 9, places["attention.q"].y + 10, "the residual stream", "faint", 12, turned=False) if False else
-                text(axis - 14, places["attention.heads"].y - 20, "the residual stream", "faint", 12.5, turned=True))
+    body.append(text(axis - 14, places["attention.heads"].y - 20, "the residual stream", "faint", 12.5, turned=True))
+    if L > 1:
+        said = f"then the same in the other {L - 1} layers, and at the end:"
+        body.append(text(left, places["out"].y + BOX / 2 + 4, said, "faint", 12.5))
     for a, b, _ in LINES:
         if not (places[a].trunk and places[b].trunk):
             body.append(path(way(places[a], places[b], axis)[0], "faint", 1.4))
@@ -165,7 +168,7 @@ def the_map(name: str, weights: llama.Weights, params: llama.Params, tokens: Ten
         y = 36 + row * (BOX + GAP) + STRIP + 14
         x = left + (WIDE - PAD - left) / 3 + 14
         body.append(text(x, y + 16, lines[0], "ink", 13, bold=True))
-        body.append(text(x + 7.6 * len(lines[0]) + 6, y + 16, " ".join(lines[1:]), "ink", 13))
+        body.append(text(x, y + 33, " ".join(lines[1:]), "ink", 13))
     x = left - 12
     shown_layers = list(range(L)) if L <= 14 else [*range(6), -1, *range(L - 6, L)]
     body.append(text(x, strip + 18, "layer", "faint", 12))

@@ -4,11 +4,12 @@ What is drawn is rounded first, so that the same numbers up to their last bits g
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from parts.table import likelihood
 from walkthrough import drawing
 from walkthrough.drawing import WIDTH, dot, frame, letters, level, page, path, rect, signed_level, squares, text
 
@@ -57,6 +58,13 @@ def product(name: str, *factors_and_result: Named, words: str = "") -> None:
             letters(left - 7, middle + 4, [(f"{row} {shape[0]}", row)], at="end"),
             text(left + w / 2, top + tallest + 20, title, at="middle", size=12.5, bold=True),
         ]
+        if max(sizes.values()) <= 4:  # room for the numbers themselves
+            values = factors_and_result[place][2].tolist()
+            body += [
+                text(left + (c + 0.5) * scale, y + (r + 0.5) * scale + 5, f"{v:g}", at="middle")
+                for r, line in enumerate(values)
+                for c, v in enumerate(line)
+            ]
         if place < len(sides) - 1:
             sign = "=" if place == len(sides) - 2 else "×"
             body.append(text(x + room + gap / 2 - 14, middle + 6, sign, "faint", 18, "middle"))
@@ -198,9 +206,9 @@ def curves(
     dots: bool = False,
     height: float = 210,
     log: bool = False,
-    notes: Iterable[tuple[float, float, str]] = (),
+    notes: dict[int, str] | None = None,
 ) -> None:
-    """Lines over evenly spaced x; ticks by place (x) and by value (y). notes: words at a place and a value."""
+    """Lines over evenly spaced x; ticks by place (x) and by value (y). notes: words at a place of the first."""
     scaled = {key: [math.log10(v) if log else v for v in map(float, y)] for key, y in ys.items()}
     marks = {math.log10(value) if log else value: words for value, words in y_ticks.items()}
     low = min([*marks, *(min(y) for y in scaled.values())])
@@ -227,10 +235,11 @@ def curves(
         if key:
             body.append(text(at, 22, f"— {key}", f"c{place}", 12.5, "end", bold=True))
             at -= 7.2 * len(key) + 40
-    for place, value, words in notes:
-        x = box[0] + box[2] * place / count
-        y_at = box[1] + box[3] * (1 - ((math.log10(value) if log else value) - low) / (high - low))
-        body.append(text(x, y_at, words, "ink", 12, "middle"))
+    for place, words in (notes or {}).items():
+        value = next(iter(scaled.values()))[place]
+        x, y_at = box[0] + box[2] * place / count, box[1] + box[3] * (1 - (value - low) / (high - low))
+        body += [dot(x, y_at, 4, "c1"), path(f"M{x + 4:.1f} {y_at - 3:.1f}L{x + 34:.1f} {box[1] + 14:g}", "c1")]
+        body.append(text(x + 38, box[1] + 16, words, "c1", 12.5, bold=True))
     drawing.display(name, page(y_label or name, body, 40 + height + 46))
 
 
@@ -250,7 +259,7 @@ def bars(name: str, panels: dict[str, tuple[Sequence[str], Sequence[float]]], ac
             room = wide - names - 62
             for place, (word, share) in enumerate(zip(words, shares)):
                 at = y + 34 + 19 * place
-                shown = f"{share:.1%}" if 0.0005 <= share < 0.1 else f"{share:.0%}" if share >= 0.1 else "0%"
+                shown = likelihood(share) if share else "0"
                 body += [
                     text(x + names - 6, at + 12, label(word, 15), size=12, at="end", mono=True),
                     rect(x + names, at + 1, max(1.0, room * round(float(share), 3)), 14, "c0", 2),
@@ -276,8 +285,8 @@ def turning(name: str, turns: Tensor, degrees: Sequence[float]) -> None:
     drawing.display(name, page("how four pairs turn from position to position", body, 226))
 
 
-def gate(name: str, z: Tensor, gates: Tensor, parts: dict[str, Tensor], words: Sequence[str], title: str) -> None:
-    """Where tokens fall on the curve of the gate, z to gates, and parts of a unit by name, for each token."""
+def gate(name: str, z: Tensor, parts: dict[str, Tensor], words: Sequence[str], title: str) -> None:
+    """Where tokens fall on the curve of the gate, and a unit's gate, up and hidden for each token."""
     body: list[str] = [text(20, 20, "gate = SiLU(z)", size=13, bold=True)]
     reach = max(4, math.ceil(z.abs().max().item() + 0.5))
     left = (44.0, 40.0, 240.0, 190.0)
@@ -286,7 +295,7 @@ def gate(name: str, z: Tensor, gates: Tensor, parts: dict[str, Tensor], words: S
     axes(body, left, ticks, {1 / (high - low): "0", 1.0: str(reach)}, "z, the unit's answer to the token")
     line = torch.linspace(-reach, reach, 81)
     body.append(path(line_of(torch.nn.functional.silu(line).tolist(), left, low, high), "c0", 2))
-    for a, b in zip(z.tolist(), gates.tolist()):
+    for a, b in zip(z.tolist(), parts["gate"].tolist()):
         body.append(dot(left[0] + left[2] * (a + reach) / 2 / reach, left[1] + left[3] * (1 - (b - low) / (high - low)), 4, "c1"))
     every = torch.stack(list(parts.values()))
     bottom, top = min(0.0, every.min().item()), max(0.0, every.max().item())
@@ -323,8 +332,9 @@ def lens(name: str, words: Sequence[Sequence[str]], probs: Tensor, layers: Seque
     drawing.display(name, page(title, body, top + h * len(after) + 10))
 
 
-def grid(name: str, shares: Tensor, rows: Sequence[str], columns: Sequence[str], title: str) -> None:
-    """Shares of 0 to 1 in a grid, each written into its square."""
+def grid(name: str, shares: Tensor, rows: Sequence[str], title: str) -> None:
+    """Shares of 0 to 1 in a grid, each written into its square: a row for each layer, a column for each head."""
+    columns = [f"without {n}" if shares.shape[1] <= 9 else str(n) for n in range(shares.shape[1])]
     left, top, h = 84.0, 56.0, 30.0
     w = (WIDTH - left - 8) / len(columns)
     body = [text(left, 20, title, size=13, bold=True)]
@@ -340,22 +350,27 @@ def grid(name: str, shares: Tensor, rows: Sequence[str], columns: Sequence[str],
     drawing.display(name, page(title, body, top + h * len(rows) + 12))
 
 
-def steps(name: str, exact: Sequence[float], panels: dict[str, Sequence[float]], unit: str) -> None:
-    """The same numbers before and after rounding to few steps, and what is lost: a panel for each title."""
+def errors(name: str, row: Sequence[float], panels: dict[str, Sequence[float]], group: int) -> None:
+    """Numbers as bars, and below, to one scale of their own, how far each of several roundings is off."""
     body: list[str] = []
-    most = max(map(abs, exact))
-    for place, (title, rounded) in enumerate(panels.items()):
-        x, y, w, h = 66.0, 40 + 178.0 * place, WIDTH - 90.0, 120.0
-        zero = y + h / 2
-        body.append(text(x, y - 16, title, size=13, bold=True))
-        for value in (-most, 0.0, most):
-            at = zero - value / most * h / 2
-            body += [path(f"M{x:g} {at:.1f}h{w:g}", "line", 1), text(x - 6, at + 4, f"{value:.2f}", "faint", 11, "end")]
-        step = w / len(exact)
-        for k, (a, b) in enumerate(zip(exact, rounded)):
-            at = x + (k + 0.5) * step
-            body.append(path(f"M{at:.1f} {zero - a / most * h / 2:.1f}V{zero - b / most * h / 2:.1f}", "c4", 2.4))
-            body.append(dot(at, zero - a / most * h / 2, 2.2, "c0"))
-    body.append(text(66, 40 + 178.0 * len(panels) - 26, f"● {unit}", "c0", 12, bold=True))
-    body.append(text(280, 40 + 178.0 * len(panels) - 26, "| how far off it is after rounding", "c4", 12, bold=True))
-    drawing.display(name, page("numbers and their rounding errors", body, 40 + 178.0 * len(panels) - 12))
+    worst = max(abs(e) for each in panels.values() for e in each)
+    step, x = (WIDTH - 90) / len(row), 76.0
+    y = 34.0
+    for place, (title, values) in enumerate([("the row", row), *panels.items()]):
+        most = worst if place else max(map(abs, row))
+        high = 84.0 if place else 120.0
+        zero = y + high / 2
+        said = title if not place else f"error: {title}"
+        body.append(text(x, y - 8, said, size=12.5, bold=True))
+        for at in range(0, len(row) + 1, group):
+            body.append(path(f"M{x + at * step:.1f} {y:g}v{high:g}", "line", 1))
+        for value in (-most, most):
+            at = zero - value / most * high / 2
+            body.append(text(x - 6, at + 4, f"{value:.3f}", "faint", 10.5, "end"))
+        strokes = "".join(
+            f"M{x + (k + 0.5) * step:.1f} {zero:g}V{zero - v / most * high / 2:.1f}"
+            for k, v in enumerate(values)
+        )
+        body += [path(strokes, "c4" if place else "c0", max(1.2, step * 0.6)), path(f"M{x:g} {zero:g}h{WIDTH - 90:g}", "faint", 1)]
+        y += high + 36
+    drawing.display(name, page("numbers and their rounding errors", body, y - 20))

@@ -95,6 +95,25 @@ def next_tokens(prompt: str, n: int = 10) -> tuple[list[str], list[float]]:
 
 
 @kept
+def next_tokens_rounded(
+    prompt: str, n: int, bits: int, group: int
+) -> tuple[list[str], list[float]]:
+    """The same, with every matrix of the layers rounded to so many bits, a scale for each group or row."""
+    weights, params, tokenizer = model()
+
+    def rounded(w: torch.Tensor) -> torch.Tensor:
+        parts = w.unflatten(-1, (-1, group or w.shape[-1]))
+        scale = parts.abs().amax(-1, keepdim=True).clamp(min=1e-30) / (2 ** (bits - 1) - 1)
+        return ((parts / scale).round() * scale).flatten(-2)
+
+    poorer = {name: rounded(w) if "layers" in name and w.dim() == 2 else w for name, w in weights.items()}
+    ids = helpers.ids_of(prompt, tokenizer)
+    last = torch.tensor([len(ids) - 1])
+    logits = llama.forward(torch.tensor([ids]), poorer, params, last=last)
+    return helpers.top(logits[0, -1], tokenizer, n)
+
+
+@kept
 def complete(prompt: str, most: int) -> str:
     """What it writes, each time the likeliest token."""
     return llama.complete(prompt, model(), max_new_tokens=most)
