@@ -15,7 +15,8 @@ TEXT = (ROOT / "walkthrough.md").read_text(encoding="utf-8")
 SCRIPT = (ROOT / "llama3_from_scratch.py").read_text(encoding="utf-8")
 
 from parts.table import COLOURS
-from walkthrough import build, drawing, map, pictures, second
+from walkthrough import build, drawing, pictures, second
+from walkthrough import map as drawn_map
 
 CELLS = re.findall(r"^```python\n(.*?)^```", TEXT, re.M | re.S)
 
@@ -204,7 +205,7 @@ def test_other_weights(checkpoint, tmp_path, monkeypatch, capsys):
         path: path.read_bytes()
         for path in (ROOT / "walkthrough.md", *(ROOT / "walkthrough").glob("*.svg"))
     }
-    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(second, "file", lambda: None)
     assert build.main(["--weights", str(folder), "--out", str(out)]) == 0, capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in before}
     text = out.read_text(encoding="utf-8")
@@ -330,15 +331,15 @@ def test_shapes_and_map_are_of_the_pass(monkeypatch):
     with pytest.raises(ValueError, match="b: T is 2 and 3"):
         pictures.product("x", "a: T D", a, "b: T E", b, "c: T E", a @ b)
     steps = re.findall(r'probe\(f?"(?:layers\.\{i\}\.)?([\w.]+)"', SCRIPT)
-    assert {*steps} == {*map.PLACES}
+    assert {*steps} == {*drawn_map.PLACES}
     places = (ROOT / "tools/viewer/places.js").read_text(encoding="utf-8")
-    for part, (row, first, last) in map.PLACES.items():  # as in the viewer
+    for part, (row, first, last) in drawn_map.PLACES.items():  # as in the viewer
         found = re.search(
-            rf'\b"?{re.escape(part)}"?: \[(\d+), (TRUNK|[\d.]+)(?:, ([\d.]+))?\]', places
+            rf'[ {{]"?{re.escape(part)}"?: \[(\d+), (TRUNK|[\d.]+)(?:, ([\d.]+))?\]', places
         )
         assert found and int(found[1]) == row, part
         if found[2] == "TRUNK":
-            assert first == map.TRUNK
+            assert first == drawn_map.TRUNK
         else:
             assert (float(found[2]), float(found[3])) == (first, last), part
     assert {*COLOURS} <= {*drawing.NAMED} and "var(" not in drawn["x"]

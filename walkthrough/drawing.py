@@ -109,7 +109,8 @@ def rect(x: float, y: float, w: float, h: float, fill: str, rx: float = 0, more:
 
 def frame(x: float, y: float, w: float, h: float, stroke: str = "line", rx: float = 0) -> str:
     corner = f' rx="{n(rx)}"' if rx else ""
-    return f'<rect class="s-{stroke}" fill="none" x="{n(x)}" y="{n(y)}" width="{n(w)}" height="{n(h)}"{corner}/>'
+    place = f'x="{n(x)}" y="{n(y)}" width="{n(w)}" height="{n(h)}"'
+    return f'<rect class="s-{stroke}" fill="none" {place}{corner}/>'
 
 
 def path(d: str, stroke: str, width: float = 1.3, more: str = "") -> str:

@@ -109,7 +109,8 @@ def shape(name: str, dims: str, tensor: Tensor, params: llama.Params) -> None:
 
 def first(vector: Tensor, n: int = 8, digits: int = 2) -> str:
     """The first numbers of a vector, in a line."""
-    return "  ".join(f"{x + 0.0:{digits + 4}.{digits}f}" for x in vector[:n].tolist()) + "  …"
+    shown = "  ".join(f"{x + 0.0:{digits + 4}.{digits}f}" for x in vector[:n].tolist())
+    return shown + "  …" * (len(vector) > n)
 
 
 def table(

@@ -34,7 +34,8 @@ LINES = [
     ("attention_norm", "attention.q", "× wq"), ("attention_norm", "attention.k", "× wk"),
     ("attention_norm", "attention.v", "× wv"),
     ("attention.q", "attention.q_rotated", "rotate"), ("attention.k", "attention.k_rotated", "rotate"),
-    ("attention.q_rotated", "attention.scores", ""), ("attention.k_rotated", "attention.scores", "q · k / √E + mask"),
+    ("attention.q_rotated", "attention.scores", ""),
+    ("attention.k_rotated", "attention.scores", "q · k / √E + mask"),
     ("attention.scores", "attention.probs", "softmax"),
     ("attention.probs", "attention.heads", "× v"), ("attention.v", "attention.heads", ""),
     ("attention.heads", "attention.out", "side by side, × wo"),
@@ -42,7 +43,8 @@ LINES = [
     ("tok_embeddings", "after_attention", ""),
     ("after_attention", "ffn_norm", "norm"),
     ("ffn_norm", "feed_forward.gate", "silu(× w1)"), ("ffn_norm", "feed_forward.up", "× w3"),
-    ("feed_forward.gate", "feed_forward.hidden", "gate · up"), ("feed_forward.up", "feed_forward.hidden", ""),
+    ("feed_forward.gate", "feed_forward.hidden", "gate · up"),
+    ("feed_forward.up", "feed_forward.hidden", ""),
     ("feed_forward.hidden", "feed_forward.out", "× w2"),
     ("feed_forward.out", "out", "+"), ("after_attention", "out", ""),
     ("out", "norm", "norm"), ("norm", "logits", "× output"),
@@ -115,7 +117,8 @@ def way(a: Box, b: Box, axis: float) -> tuple[str, float, float]:
     x1, x2 = a.x + a.w / 2, b.x + b.w / 2
     x1 = min(max(x1, b.x + 14), a.x + a.w - 14)
     y1, y2 = a.y + BOX, b.y
-    curve = f"M{x1:.1f} {y1:.1f}C{x1:.1f} {y1 + GAP * 0.8:.1f} {x2:.1f} {y2 - GAP * 0.8:.1f} {x2:.1f} {y2:.1f}"
+    bends = f"{x1:.1f} {y1 + GAP * 0.8:.1f} {x2:.1f} {y2 - GAP * 0.8:.1f}"
+    curve = f"M{x1:.1f} {y1:.1f}C{bends} {x2:.1f} {y2:.1f}"
     return curve + arrow(x2, y2, "down"), x2, (y1 + y2) / 2
 
 
@@ -205,8 +208,11 @@ def the_map(name: str, weights: llama.Weights, params: llama.Params, tokens: Ten
             body.append(text(x + 10, strip + 18, "…", "faint", 13, "middle"))
             x += 24
             continue
-        body += [rect(x, strip + 2, 30, 22, "stream" if i == 0 else "paper", 5), frame(x, strip + 2, 30, 22, rx=5),
-                 text(x + 15, strip + 18, str(i), "ink", 12, "middle")]  # fmt: skip
+        body += [
+            rect(x, strip + 2, 30, 22, "stream" if i == 0 else "paper", 5),
+            frame(x, strip + 2, 30, 22, rx=5),
+            text(x + 15, strip + 18, str(i), "ink", 12, "middle"),
+        ]
         x += 36
     body.append(
         text(
@@ -218,8 +224,8 @@ def the_map(name: str, weights: llama.Weights, params: llama.Params, tokens: Ten
         )
     )
     legend = [
-        ("T", "tokens"), ("S", "positions they see"), ("D", "model dim"), ("H", "query heads"), ("K", "key/value heads"),
-        ("E", "head dim"), ("F", "units"), ("V", "vocabulary"), ("B", "batch"),
+        ("T", "tokens"), ("S", "positions they see"), ("D", "model dim"), ("H", "query heads"),
+        ("K", "key/value heads"), ("E", "head dim"), ("F", "units"), ("V", "vocabulary"), ("B", "batch"),
     ]  # fmt: skip
     pieces = []
     for letter, words in legend:

@@ -36,7 +36,7 @@ def label(word: str, most: int = 13) -> str:
 
 
 def product(name: str, *parts: str | Tensor) -> None:
-    """A × B = C as rectangles to scale. parts: "title: T D" and a tensor, three times; the letters are checked."""
+    """A × B = C as rectangles to scale, letters checked. parts: "title: T D" and a tensor, three times."""
     sizes: dict[str, int] = {}
     sides, tensors = [], []
     for words, tensor in zip(parts[::2], parts[1::2], strict=True):
@@ -253,7 +253,7 @@ def curves(
     log: bool = False,
     notes: dict[int, str] | None = None,
 ) -> None:
-    """Lines over evenly spaced x; ticks by place (x) and by value (y). notes: words at a place of the first."""
+    """Lines over evenly spaced x; ticks by place (x), by value (y). notes: words at places of the first."""
     scaled = {key: [math.log10(v) if log else v for v in map(float, y)] for key, y in ys.items()}
     marks = {math.log10(value) if log else value: words for value, words in y_ticks.items()}
     low = min([*marks, *(min(y) for y in scaled.values())])
@@ -461,7 +461,7 @@ def lens(
 
 
 def grid(name: str, shares: Tensor, rows: Sequence[str], title: str) -> None:
-    """Shares of 0 to 1 in a grid, each written into its square: a row for each layer, a column for each head."""
+    """Shares of 0 to 1, each written into its square: a row for each layer, a column for each head."""
     columns = [f"without {n}" if shares.shape[1] <= 9 else str(n) for n in range(shares.shape[1])]
     left, top, h = 84.0, 56.0, 30.0
     w = (WIDTH - left - 8) / len(columns)
