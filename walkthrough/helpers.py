@@ -65,7 +65,12 @@ def words(ids: Sequence[int], tokenizer: tiktoken.Encoding) -> list[str]:
 
 def pieces(ids: Sequence[int], tokenizer: tiktoken.Encoding) -> str:
     """Tokens side by side in brackets, which no token of ours contains."""
-    return "".join(f"⟦{word}⟧" for word in words(ids, tokenizer))
+    lines = [""]
+    for word in words(ids, tokenizer):
+        if len(lines[-1]) + len(word) > 84:
+            lines.append("")
+        lines[-1] += f"⟦{word}⟧"
+    return "\n".join(lines)
 
 
 def top(logits: Tensor, tokenizer: tiktoken.Encoding, n: int = 10) -> tuple[list[str], list[float]]:
@@ -104,7 +109,7 @@ def shape(name: str, dims: str, tensor: Tensor, params: llama.Params) -> None:
     here, in_8b = (
         " × ".join(f"{sizes[letter]:,}" for letter in dims.split()) for sizes in (ours, theirs)
     )
-    print(f"{name:<9}{dims.replace(' ', ' × '):<14}here {here:<16}in 8B {in_8b}")
+    print(f"{name:<9}{dims.replace(' ', ' × '):<15}here {here:<17}in 8B {in_8b}")
 
 
 def first(vector: Tensor, n: int = 8, digits: int = 2) -> str:

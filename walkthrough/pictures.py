@@ -48,7 +48,7 @@ def product(name: str, *parts: str | Tensor) -> None:
                 raise ValueError(f"{title}: {letter} is {sizes[letter]} and {size}")
         sides.append((title, dims.split(), shape))
         tensors.append(tensor)
-    scale = 150 / max(sizes.values())
+    scale = 120 / max(sizes.values())
 
     def side(size: int) -> float:
         return max(7.0, size * scale)

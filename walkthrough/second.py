@@ -46,7 +46,7 @@ def as_text() -> str:
     """What was computed, for the file: one call a line."""
     lines = [
         f"{json.dumps(call)}: {json.dumps(result, ensure_ascii=False)}"
-        for call, result in made.items()
+        for call, result in sorted(made.items())
     ]
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
