@@ -154,12 +154,26 @@ def ranks_of(tokenizer: tiktoken.Encoding) -> dict[bytes, int]:
     return dict(vars(tokenizer)["_mergeable_ranks"])
 
 
-def telling_unit(parts: dict[str, Tensor]) -> int:
-    """A unit whose gate is shut for about half of the tokens, and that has much to say for others."""
-    shut = (parts["gate"].abs() < 0.3).float().mean(0)
+def telling_unit(
+    trace: dict[str, Tensor], weights: llama.Weights, params: llama.Params
+) -> tuple[int, Tensor, dict[str, Tensor]]:
+    """A unit of the last layer whose gate is shut for about half of the tokens, and that is loud for others.
+
+    Its number, its z, and its gate, up and hidden, for all tokens but begin_of_text, which is often huge.
+    """
+    layer = f"layers.{params['n_layers'] - 1}."
+    parts = {
+        name: trace[f"{layer}feed_forward.{name}"][0, 1:].float()
+        for name in ("gate", "up", "hidden")
+    }
+    is_shut = parts["gate"].abs() < 0.3
+    shut = is_shut.float().mean(0)
     loud = parts["hidden"].abs().sort(0).values[-3]
-    ignored = (parts["up"].abs() * (parts["gate"].abs() < 0.3)).amax(0)
-    return int((loud * ignored * ((shut > 0.3) & (shut < 0.7))).argmax())
+    ignored = (parts["up"].abs() * is_shut).amax(0)
+    unit = int((loud * ignored * ((shut > 0.3) & (shut < 0.7))).argmax())
+    w1 = weights[f"{layer}feed_forward.w1.weight"][unit].float()
+    z = trace[f"{layer}ffn_norm"][0, 1:].float() @ w1
+    return unit, z, {name: values[:, unit] for name, values in parts.items()}
 
 
 def trainable(weights: llama.Weights) -> llama.Weights:
