@@ -3,6 +3,7 @@
 import contextlib
 import io
 import tempfile
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -100,4 +101,5 @@ def compared(ids: Sequence[int], model: llama.Model, folder: str, probe: llama.P
         file = Path(place) / "port.safetensors"
         save_file(port, file)
         compare.main([str(file), "--weights", folder])
-    return "\n".join(said.getvalue().splitlines()[:2])
+    lines = said.getvalue().splitlines()[:2]
+    return "\n".join(textwrap.fill(line, 94) for line in lines)
