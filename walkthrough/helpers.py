@@ -38,7 +38,6 @@ ONE = llama.fill_params(
         "use_scaled_rope": True,
     }
 )
-PROMPT = "the answer to the ultimate question of life, the universe, and everything is "
 
 
 def is_small(folder: str) -> bool:

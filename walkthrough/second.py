@@ -87,12 +87,6 @@ def three_digits(words: list[str], shares: list[float]) -> tuple[list[str], list
 
 
 @kept
-def sizes() -> dict[str, int]:
-    """Its sizes by letter."""
-    return helpers.letters(model()[1]) | {"layers": model()[1]["n_layers"]}
-
-
-@kept
 def tokens(prompt: str) -> list[str]:
     """The tokens of a prompt."""
     return helpers.words(one_pass(prompt)[0], model()[2])
