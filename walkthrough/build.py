@@ -1,18 +1,20 @@
 """Builds walkthrough.md: runs its cells, and puts in what they print, pictures and pieces of the script.
 
-    python walkthrough/build.py                          rewrites it and walkthrough/*.svg in place
+    python walkthrough/build.py                          rewrites it and walkthrough/ in place
     python walkthrough/build.py --check                  writes nothing; exit code 1 if anything would change
     python walkthrough/build.py --weights ~/Llama3.2-1B  from these, to walkthrough-Llama3.2-1B.md (or --out)
 
 The document is its own source. What is made new on each run:
 
 - behind a ```python fence (a cell; all run in order, in one process): a ```text fence with what it printed,
-  and a link to an .svg for each figure it made. The figure's label, as in plt.figure("mask"), is the file's
-  name; the link's words stay as they were written.
+  and a link to an .svg for each picture it drew; the link's words stay as they were written.
+- `<!-- check` … `-->`: a cell that readers do not see. It asserts what the text claims, and leaves nothing
+  behind: the next cell does not know its names.
 - behind `<!-- show: rms_norm -->`, or `<!-- show: forward from "# Attention." to "# Where" -->`: that
   function of the script, or its lines from the first with the one text up to the next with the other
   (without "to": to its end), and a link to them; with "chat_message in parts/chat.py", of another file.
-  Jupytext leaves these fences, marked .noeval, in the text.
+- walkthrough/walkthrough.ipynb: the same text and cells as a notebook, with no outputs.
+- walkthrough/second.json: what second.py computed with SmolLM2, if that is installed; else it stays.
 
 Why no tool that exists: jupytext with nbclient runs the cells, markdown-code-runner writes outputs back, but
 none also shows pieces by landmark, has a check that writes nothing, and swaps the weights.
@@ -29,25 +31,24 @@ import sys
 import textwrap
 import traceback
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # quiet also while torch is imported
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.colors import LinearSegmentedColormap
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run by its path
+import torch
+
 from parts.files import local_path, written_whole
 from parts.programs import flags_of, run_program
+from walkthrough import drawing, second
 
 SOURCE = ROOT / "walkthrough.md"
 SCRIPT = "llama3_from_scratch.py"
 BLOCK = re.compile(
     r"^<!-- show: (?P<show>.*) -->\n(?:\[.*\n```python \.noeval\n(?:.*\n)*?```\n)?"
+    r"|^<!-- check\n(?P<check>(?:.*\n)*?)-->\n"
     r"|^```python\n(?P<code>(?:.*\n)*?)```\n(?:```text\n(?:.*\n)*?```\n)?"
     r"(?P<links>(?:!\[.*\]\(\S*\.svg\)\n)*)",
     re.M,
@@ -56,83 +57,6 @@ SHOW = re.compile(
     r'(?P<name>\w+)(?: in (?P<file>\S+))?(?: from "(?P<start>.+?)")?(?: to "(?P<end>.+?)")?'
 )
 WEIGHTS = re.compile(r'^folder = ".*"$', re.M)
-
-# ------------------------------------------------------------------------------------ pictures
-# Lines and letters of a grey, and colours, that read on white and on GitHub's dark #0d1117; no background.
-GREY, COLOURS = "#7b8188", ["#2f81f7", "#d9730d", "#2da44e", "#bf5af2", "#d1242f", "#9a7d0a"]
-STYLE = {
-    "svg.hashsalt": "walkthrough",
-    "svg.fonttype": "path",
-    "figure.dpi": 72,
-    "savefig.transparent": True,
-    "font.size": 11,
-    "axes.titlesize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.constrained_layout.use": True,
-    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
-    "image.cmap": "from nothing to blue",
-    "legend.frameon": False,
-    "grid.alpha": 0.3,
-    **dict.fromkeys(
-        [
-            "text.color",
-            "axes.labelcolor",
-            "axes.edgecolor",
-            "xtick.color",
-            "ytick.color",
-            "grid.color",
-        ],
-        GREY,
-    ),
-}
-
-
-def use_style():
-    """What the cells leave to matplotlib's defaults."""
-    plt.close("all")
-    plt.rcdefaults()
-    name, blue = STYLE["image.cmap"], matplotlib.colors.to_rgb(COLOURS[0])
-    if name not in matplotlib.colormaps:
-        matplotlib.colormaps.register(
-            LinearSegmentedColormap.from_list(name, [(*blue, 0), (*blue, 1)])
-        )
-    plt.rcParams.update(STYLE)
-
-
-def svg(figure):
-    """A figure as the text of an .svg, the same for the same data: no date, hundredths of a point.
-
-    The squares of a colour of a pcolormesh become one path, and those of no colour nothing.
-    """
-    file = io.BytesIO()
-    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    text = re.sub(r"<metadata>.*?</metadata>\n?", "", file.getvalue().decode(), flags=re.S)
-
-    def rounded(found):
-        return re.sub(
-            r"-?\d+\.\d+", lambda n: f"{float(n[0]):.2f}".rstrip("0").rstrip("."), found[0]
-        )
-
-    text = text.replace("DejaVuSans-", "").replace("xlink:href", "href")
-    text = re.sub(r'(?<= d=")[^"]*|translate\([^)]*\)|(?<= [xy]=")[^"]*', rounded, text)
-
-    def joined(found):
-        paths = {}
-        for d, rest in re.findall(r'<path d="([^"]*)" (.*?)/>', found[0], re.S):
-            if "fill: none" not in rest:
-                x, y, right, _, _, low = (f"{float(n):.4g}" for n in re.findall(r"[\d.]+", d)[:6])
-                paths.setdefault(rest, []).append(f"M{x} {y}H{right}V{low}H{x}z")
-        return "".join(f'<path d="{"".join(ds)}" {rest}/>\n' for rest, ds in paths.items())
-
-    text = re.sub(
-        r'(?:^ *<path d="[^"]*" clip-path="[^"]*" style="fill: [^"]*"/>\n){2,}',
-        joined,
-        text,
-        flags=re.M,
-    )
-    return "\n".join(line.strip() for line in text.splitlines()) + "\n"
-
 
 # ------------------------------------------------------------------------------------ pieces of the script
 
@@ -179,33 +103,31 @@ def piece(script, what):
 # ------------------------------------------------------------------------------------ the document
 
 
-def run_cell(code, line, namespace, name):
-    """Runs a cell whose first line is `line` of the document: what it printed, and its figures by label."""
+def run_cell(
+    code: str, line: int, namespace: dict[str, Any], name: str
+) -> tuple[str, dict[str, str]]:
+    """Runs a cell whose first line is `line` of the document: what it printed, and its pictures by name."""
     printed = io.StringIO()
+    figures: dict[str, str] = {}
+    drawing.display = figures.__setitem__
     try:
         with contextlib.redirect_stdout(printed):
             exec(compile("\n" * (line - 1) + code, name, "exec"), namespace)
     except (Exception, SystemExit) as problem:
         frames = traceback.extract_tb(problem.__traceback__)
-        line = max([frame.lineno for frame in frames if frame.filename == name][:1] or [line])
+        line = max([frame.lineno or 0 for frame in frames if frame.filename == name][:1] or [line])
         said = traceback.format_exception_only(problem)[-1].strip()
         raise ValueError(f"{name}, line {line}: {said}") from problem
-    figures = {}
-    for number in plt.get_fignums():
-        figure = plt.figure(number)
-        if not re.fullmatch(r"[\w-]+", figure.get_label()):
-            raise ValueError(
-                f'{name}, line {line}: a figure needs a name, as in plt.figure("mask")'
-            )
-        figures[figure.get_label()] = svg(figure)
-    plt.close("all")
     return "\n".join(text.rstrip() for text in printed.getvalue().rstrip().splitlines()), figures
 
 
-def build(text, script, folder, name="walkthrough.md"):
+def build(
+    text: str, script: str, folder: str, name: str = "walkthrough.md"
+) -> tuple[str, dict[str, str]]:
     """The document made new, and its pictures by file name. folder: where links find the pictures."""
-    pictures, namespace, made, at = {}, {"__name__": "walkthrough"}, [], 0
-    use_style()
+    pictures: dict[str, str] = {}
+    namespace: dict[str, Any] = {"__name__": "walkthrough"}
+    made, at = [], 0
     for block in BLOCK.finditer(text):
         line = text[: block.start()].count("\n") + 1
         made.append(text[at : block.start()])
@@ -215,6 +137,10 @@ def build(text, script, folder, name="walkthrough.md"):
                 made.append(piece(script, block["show"]))
             except ValueError as problem:
                 raise ValueError(f"{name}, line {line}: {problem}") from None
+            continue
+        if block["check"] is not None:
+            run_cell(block["check"], line + 1, dict(namespace), name)
+            made.append(block[0])
             continue
         printed, figures = run_cell(block["code"], line + 1, namespace, name)
         made.append(f"```python\n{block['code']}```\n")
@@ -230,6 +156,72 @@ def build(text, script, folder, name="walkthrough.md"):
     return "".join(made) + text[at:], pictures
 
 
+# ------------------------------------------------------------------------------------ the notebook
+START = """\
+import os, sys
+from pathlib import Path
+
+here = Path.cwd()  # this cell finds the script, wherever the notebook was opened
+os.chdir(next(p for p in (here, *here.parents) if (p / "llama3_from_scratch.py").exists()))
+sys.path.insert(0, os.getcwd())"""
+
+
+def anchor_of(heading: str) -> str:
+    """The anchor that GitHub gives a heading."""
+    return re.sub(r"[^\w -]", "", heading).replace(" ", "-").lower()
+
+
+def notebook(text: str, target: Path, folder: str) -> str:
+    """The built document as a notebook for the file `target`: its text, and its cells without outputs."""
+    cells: list[dict[str, Any]] = []
+    headings = {anchor_of(h): h for h in re.findall(r"^#+ (.*)$", text, re.M)}
+
+    def add(kind: str, source: str) -> None:
+        if not source.strip():
+            return
+        cell = {
+            "cell_type": kind,
+            "id": f"cell-{len(cells)}",
+            "metadata": {},
+            "source": source.strip("\n"),
+        }
+        cells.append(cell | ({"execution_count": None, "outputs": []} if kind == "code" else {}))
+
+    def prose(part: str) -> None:
+        part = re.sub(r"^<!-- show: .* -->\n", "", part, flags=re.M).replace(
+            "```python .noeval", "```python"
+        )
+        part = part.replace(f"]({quote(folder)}/", "](./")
+        part = from_elsewhere(part, target, own=r"\./")
+        part = re.sub(
+            r"\]\(#([^)]+)\)",
+            lambda m: f"](#{quote(headings.get(m[1], m[1]).replace(' ', '-'), safe='?,:')})",
+            part,
+        )
+        add("markdown", part)
+
+    at = 0
+    add(
+        "markdown",
+        "The next cell is for the notebook alone. Then run from top to bottom, and change what you like.",
+    )
+    add("code", START)
+    for block in BLOCK.finditer(text):
+        if block["show"]:
+            continue
+        prose(text[at : block.start()])
+        at = block.end()
+        if block["code"]:
+            add("code", block["code"])
+    prose(text[at:])
+    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    book = {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(book, ensure_ascii=False, indent=1) + "\n"
+
+
+# ------------------------------------------------------------------------------------ files
+
+
 def with_weights(text, weights):
     """The document with another folder of weights in its first cell."""
     if len(WEIGHTS.findall(text)) != 1:
@@ -240,10 +232,10 @@ def with_weights(text, weights):
     return WEIGHTS.sub(lambda _: f"folder = {path}", text)
 
 
-def from_elsewhere(text, target):
+def from_elsewhere(text: str, target: Path, own: str = "") -> str:
     """The document with its links to this repository's files as they must be in the file `target`."""
     back = Path(os.path.relpath(ROOT, target.parent)).as_posix()
-    own = rf"{re.escape(quote(target.stem))}/[\w-]+\.svg"
+    own = own or rf"{re.escape(quote(target.stem))}/[\w-]+\.(?:svg|ipynb)"
     parts = re.split(r"(^```.*?^```$)", text, flags=re.M | re.S)  # text, a fence, text, a fence, …
     parts[::2] = [re.sub(rf"\]\((?!https?:|#|{own})", f"]({back}/", part) for part in parts[::2]]
     return "".join(parts) if back != "." else text
@@ -290,10 +282,14 @@ def run(args):
     folder = target.with_suffix("")
     script = (ROOT / SCRIPT).read_text(encoding="utf-8")
     os.chdir(ROOT)  # as a reader would run the cells
-    text, pictures = build(text, script, folder.name)
-    files = {target: from_elsewhere(text, target)} | {
-        folder / name: picture for name, picture in pictures.items()
-    }
+    with torch.no_grad():  # what the cells say about gradients ends with them
+        text, pictures = build(text, script, folder.name)
+    files: dict[Path, str | None] = {target: from_elsewhere(text, target)}
+    files |= {folder / name: picture for name, picture in pictures.items()}
+    book = folder / "walkthrough.ipynb"
+    files[book] = notebook(text, book, folder.name)
+    if target == SOURCE and second.made:
+        files[folder / "second.json"] = second.as_text()
     for path in sorted(
         folder.glob("*.svg")
     ):  # of a folder that may not be ours alone, only what we linked
