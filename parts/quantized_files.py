@@ -1,12 +1,12 @@
 """Folders of weights in 8 or 4 bits, as tools/quantize.py writes them and --weights maps them from disk.
 
-quantized.safetensors holds each tensor under Meta's name: norms as they were, each matrix (F D) as the one
+quantized.safetensors holds each tensor under Meta's name: norms as they were, each matrix (F D) as the
 tensor that parts/quantized.py makes of it, numbers first, then scales. So a CPU computes on the mapped file,
 and nothing is copied. Beside it lie params.json and the tokenizer's own files. docs/quantization.md has the
 format byte by byte.
 
-Numbers of 4 bits stand in the order that PyTorch's product wants on the CPU that wrote them. The metadata names
-it, and another CPU or a GPU puts them into its own.
+Numbers of 4 bits stand in the order that PyTorch's product wants on the CPU that wrote them. The metadata
+name it, and another CPU or a GPU puts them into its own.
 """
 
 import ctypes
@@ -314,7 +314,7 @@ def write_folder(
     text += b" " * (-(len(text) + 8) % 64)  # so that the numbers begin at a whole line of a cache
     with open(folder / NAME, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, shape in shapes.items():
+        for name in shapes:
             w = joined(name, shards, convert)
             write_bytes(file, quantized.quantized(w, forms[name]) if forms[name] else w)
             advance(w.numel())

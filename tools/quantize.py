@@ -4,9 +4,9 @@
     python tools/quantize.py model.gguf model-int4 --int4
     python llama3_from_scratch.py "Hello" --weights ~/Llama3.2-1B-int8
 
-IN is any checkpoint that llama3_from_scratch.py takes. OUT is a new folder, complete by itself: the weights with
-their scales, params.json, the tokenizer and the chat template. It gives the text that --quantize gives with IN.
-Tensor by tensor: memory holds one of them. docs/quantization.md has the formula and the format.
+IN is any checkpoint that llama3_from_scratch.py takes. OUT is a new folder, complete by itself: the weights
+with their scales, params.json, the tokenizer and the chat template. It gives the text that --quantize gives
+with IN. Tensor by tensor: memory holds one of them. docs/quantization.md has the formula and the format.
 """
 
 import math
