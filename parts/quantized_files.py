@@ -130,6 +130,28 @@ def placed4(w: Tensor, order: str) -> Tensor:
     return one
 
 
+def dequantized(weights: llama.Weights) -> llama.Weights:
+    """A model's weights with plain matrices, in float32, in place of those in 8 or 4 bits."""
+    made = {w.data_ptr(): as_numbers(w) for w in weights.values()}  # a tied head only once
+    return {name: made[w.data_ptr()] for name, w in weights.items()}
+
+
+def as_numbers(w: Tensor) -> Tensor:
+    """The numbers of a quantized matrix (F D) as this device holds it, in float32; of another, itself."""
+    if not quantized.is_quantized(w):
+        return w
+    if w.dtype == torch.int8:
+        return quantized.dequantize8(*quantized.split8(w))
+    F, D = w.shape[0], w.shape[1] * 8 // 5
+    halves, beside = quantized.split4(w)
+    order = order_here() if quantized.for_the_kernel(w) else "rows"
+    if order is None:
+        return quantized.project(torch.eye(D)[None], w)[0].T
+    numbers = out_of_blocks(halves.flatten(), F, D, *ORDERS[order]).to(torch.int8) - 8
+    scales, zeros = beside.permute(2, 1, 0)
+    return quantized.dequantize4(numbers, scales, zeros)
+
+
 # ------------------------------------------------------------------------------------ reading
 
 
