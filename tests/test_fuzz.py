@@ -269,6 +269,7 @@ def attempt(folder, tokens):
 @pytest.mark.parametrize("sizes, part", [(TINY, 2), (WIDE, 20)], ids=["100 kB", "50 MB"])
 def test_every_mutation_ends_well(tmp_path, make, sizes, part, capsys, monkeypatch):
     monkeypatch.setattr(llama, "forward", llama.forward)
+    part *= 2 if make is quantized_folder else 1
     good, bad = tmp_path / "good", tmp_path / "bad"
     make(good, sizes)
     unread = "random_checkpoint.json"  # a mark, no part of a checkpoint
