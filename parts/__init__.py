@@ -4,9 +4,10 @@ commandline: the flags · table, progress: what a terminal shows · chat: the ch
 typed prompts · batch: many prompts · layouts: other people's checkpoints · naming, config, archives,
 gguf_file: their names and files · vocabulary: their tokenizers · template_worker: their chat templates ·
 remote: checkpoints in a bucket · inside: breakpoints, traces, probes · lens: what a trace says beside the
-pass · view: traces as a page · eager, compiled, rewritings: how a machine is made fast · quantized: weights
-in 8 and 4 bits · parallel: several processes, one model · files: whole or not there · programs: how a
-program begins and ends. Arrows go one way: these import the script.
+pass · view: traces as a page · eager, compiled, rewritings: how a machine is made fast · quantized,
+quantized_files: weights in 8 and 4 bits, and folders of them · parallel: several processes, one model ·
+files: whole or not there · programs: how a program begins and ends. Arrows go one way: these import the
+script.
 """
 
 import errno

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
 import sys
 import tempfile
@@ -110,10 +111,34 @@ def written_whole(target: Path) -> Iterator[Path]:
         UNFINISHED.discard(part)
 
 
+@contextlib.contextmanager
+def folder_written_whole(target: Path) -> Iterator[Path]:
+    """An empty new folder beside target, where nothing is; it gets that name when the block has ended well.
+
+    If the block ends otherwise, it is deleted with all that is in it.
+    """
+    part = target.with_name(f".{target.name[:50]}.{secrets.token_hex(6)}.part")
+    part.mkdir()
+    UNFINISHED.add(part)
+    try:
+        yield part
+        part.rename(target)
+    except OSError as problem:
+        if problem.errno in NO_ROOM:
+            problem.filename = problem.filename or str(target)
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        UNFINISHED.discard(part)
+
+
 def delete_unfinished() -> None:
     """Deletes what is being written, for a process that ends without leaving its with blocks."""
     for part in list(UNFINISHED):
-        part.unlink(missing_ok=True)
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -658,7 +658,12 @@ def open_meta(folder: Path) -> Opened:
 
 def find_layouts(path: Path) -> dict[str, Callable[[], Opened]]:
     """What is in a folder: a dict from the name of a layout to what opens it."""
+    from parts import quantized_files
+
     layouts: dict[str, Callable[[], Opened]] = {}
+    if (path / quantized_files.NAME).exists():
+        file = path / quantized_files.NAME
+        layouts["weights in 8 or 4 bits"] = functools.partial(quantized_files.open_quantized, file)
     for folder, name in (
         (path, "Meta's layout"),
         (path / "original", "Meta's layout in original/"),
@@ -694,6 +699,7 @@ WHOLE = (
     "meta_model_*.pt",
     "*.pth",
     "*.gguf",
+    "quantized.safetensors",
 )
 
 
@@ -719,6 +725,10 @@ def gguf_layouts(folder: Path) -> dict[str, Callable[[], Opened]]:
 
 def layouts_of_file(file: Path) -> dict[str, Callable[[], Opened]]:
     """The layout that a single file belongs to, as in find_layouts."""
+    from parts import quantized_files
+
+    if file.name == quantized_files.NAME:
+        return {file.name: lambda: quantized_files.open_quantized(file)}
     stem = r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
     if SHARD.fullmatch(file.name) or file.name == "params.json":
         return {"Meta's layout": lambda: open_meta(file.parent)}
@@ -811,12 +821,13 @@ def open_checkpoint(
             f"{path}: its tensors do not tell whether RoPE is scaled: --rope-scaling-factor 8 says that it "
             "is, as of Llama 3.1 or 3.3, and 1 that it is not, as of Llama 3; or put a params.json beside it"
         )
-    check_tensors(shards)
-    tied = is_tied(shards)
-    check_shapes(shards, params, local if local.is_dir() else local.parent)
-    if tied:
-        for shard in shards.values():
-            shard.pop("output.weight", None)
+    if not hasattr(convert, "saved"):  # those in 8 or 4 bits have been checked
+        check_tensors(shards)
+        tied = is_tied(shards)
+        check_shapes(shards, params, local if local.is_dir() else local.parent)
+        if tied:
+            for shard in shards.values():
+                shard.pop("output.weight", None)
     vocabulary.check_rows(tokenizer, params["vocab_size"], path)
     if tokenizer.n_vocab < params["vocab_size"]:
         words += f", {params['vocab_size'] - tokenizer.n_vocab} rows that are no token's"
@@ -854,9 +865,20 @@ def load_model(
         raise ValueError(f"{path} has {of} layers, {n_layers} are asked for")
     params = params | {"n_layers": n_layers or of}
     first = next(iter(shards.values()))
-    dtype = dtype or first["tok_embeddings.weight"].dtype
+    saved: dict[str, Any] = getattr(convert, "saved", {})  # of a folder of tools/quantize.py
+    if saved and quantize is not None:
+        raise ValueError(
+            f"--quantize {quantize}: {path} is in {saved['kind']} already; leave the flag out, or take the "
+            "weights that it was made of"
+        )
+    dtype = dtype or saved.get("dtype") or first["tok_embeddings.weight"].dtype
 
     _, N = processes()
+    if N > 1 and saved:
+        raise ValueError(
+            f"{path}: weights in {saved['kind']} are not for several processes, each of which would hold a "
+            "share; start the script alone, without torchrun"
+        )
     own, shapes = params, llama.weight_shapes(params)
     if N > 1 and quantize is not None:
         raise ValueError(
@@ -875,6 +897,7 @@ def load_model(
         math.prod(shape) for name, shape in shapes.items() if not (tied and name == "output.weight")
     )
     held = count * dtype.itemsize
+    quantize = saved.get("kind", quantize)
     if quantize is not None:
         quantized.check_kind(quantize)
         held = quantized.size_of(own, quantize, dtype, tied)
@@ -892,6 +915,10 @@ def load_model(
     with progress(f"reading {short_name}", total if N == 1 else 0, "B") as advance:
         if N > 1:
             weights = parallel.load_share(shards, own, device, dtype, convert)
+        elif saved:
+            from parts import quantized_files
+
+            weights = quantized_files.load(first, params, device, dtype, join)
         elif quantize is not None:
             weights = quantized.load(shards, params, device, dtype, join, quantize)
         else:

@@ -438,13 +438,16 @@ def open_tokenizer(path: Path) -> Any:
     except OSError as problem:
         raise explain(path, "the tokenizer that comes with the weights", problem) from None
     if b"<unk>" in content[:64]:
-        return sentencepiece_tokenizer(path)
-    try:
-        return llama.load_tokenizer(path)
-    except ValueError as problem:
-        raise explain(
-            path, "lines of base64 and rank", str(problem).removeprefix(f"{path}: ")
-        ) from None
+        tokenizer = sentencepiece_tokenizer(path)
+    else:
+        try:
+            tokenizer = llama.load_tokenizer(path)
+        except ValueError as problem:
+            raise explain(
+                path, "lines of base64 and rank", str(problem).removeprefix(f"{path}: ")
+            ) from None
+    vars(tokenizer)["file"] = path
+    return tokenizer
 
 
 def sentencepiece_tokenizer(path: Path) -> Any:
@@ -599,11 +602,14 @@ def open_folder(folder: Path) -> Any:
     if path.exists():  # its post-processor alone decides, as transformers 5 has it
         for key in ("add_bos_token", "add_eos_token"):
             config.pop(key, None)
-        return from_json(read_json(path), config, stops, path)
-    path = find_model_file(folder)
-    if not path.is_file():
-        raise ValueError(f"{folder}: neither tokenizer.model nor tokenizer.json is there")
-    return with_use(of_model_file(path, config), config, stops, path)
+        tokenizer = from_json(read_json(path), config, stops, path)
+    else:
+        path = find_model_file(folder)
+        if not path.is_file():
+            raise ValueError(f"{folder}: neither tokenizer.model nor tokenizer.json is there")
+        tokenizer = with_use(of_model_file(path, config), config, stops, path)
+    vars(tokenizer)["folder"] = folder
+    return tokenizer
 
 
 def added_by_older_file(folder: Path, config: Json) -> dict[str, dict[str, Any]]:

@@ -3,7 +3,9 @@
 import math
 import os
 
+import safetensors
 import torch
+from safetensors.torch import load_file
 
 
 def float64_loop(tokens, weights, params, positions=None):
@@ -339,3 +341,49 @@ def hugging_face(tokens, weights, params):
     finally:
         llama.apply_rotary_pos_emb, llama.eager_attention_forward = rotary, attention
     return trace
+
+
+def quantized_by_hand(path):
+    """The weights of a quantized.safetensors in float64, by the words of docs/quantization.md.
+
+    Number by number: where it stands, and the formula.
+    """
+    with safetensors.safe_open(path, "pt") as file:
+        order = file.metadata()["order"]
+    found = {}
+    for name, w in load_file(path).items():
+        data = w.flatten().view(torch.uint8)
+        if w.dtype == torch.int8:
+            F, D = len(w), w.shape[1] - 2
+            numbers, scales = data.split((F * D, 2 * F))
+            numbers, scales = numbers.view(torch.int8).view(F, D), scales.view(torch.bfloat16)
+            found[name] = numbers.double() * scales.double()[:, None]
+        elif w.dtype == torch.uint8:
+            F, D = len(w), w.shape[1] * 8 // 5
+            halves, beside = data.split((F * D // 2, F * D // 8))
+            row, column = torch.arange(F)[:, None], torch.arange(D)[None]
+            size, which = order.split()
+            first = row // int(size) * int(size)
+            half = (F - first).clamp(max=int(size)) // 2
+            pairs = (half < int(size) // 2) | (which == "pairs")
+            within, upper = (row - first) % half, (row - first) // half
+            within = torch.where(pairs, (row - first) // 2, within)
+            upper = torch.where(pairs, (row - first) % 2, upper) + 0 * column
+            place = first * D // 2 + column * half + within
+            numbers = (halves[place].int() >> (4 * upper)) % 16 - 8
+            scales, zeros = beside.view(torch.bfloat16).view(D // 32, F, 2).double().unbind(-1)
+            group = column // 32
+            found[name] = numbers.double() * scales[group, row] + zeros[group, row]
+        elif w.dtype == torch.int32:
+            F, D = len(w), w.shape[1] * 32 // 5
+            halves, scales, zeros = data.split((F * D // 2, F * D // 16, F * D // 16))
+            scales, zeros = (x.view(torch.bfloat16).view(F, -1).double() for x in (scales, zeros))
+            row, column = torch.arange(F)[:, None], torch.arange(D)[None]
+            group, byte = column // 32, column % 32 // 2
+            place = row * D // 2 + (byte // 4 * (D // 32) + group) * 4 + byte % 4
+            numbers = (halves[place].int() >> (4 * (column % 2))) % 16 - 8
+            found[name] = numbers.double() * scales[row, group] + zeros[row, group]
+        else:
+            found[name] = w.double()
+    found.setdefault("output.weight", found["tok_embeddings.weight"])
+    return found

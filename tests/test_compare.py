@@ -14,7 +14,8 @@ from references import metas_reference, to_halves
 from safetensors.torch import load, load_file, save_file
 
 import llama3_from_scratch as llama
-from tools import compare
+from parts import quantized, quantized_files
+from tools import compare, quantize
 
 SIZES = {
     "dim": 64, "n_layers": 3, "n_heads": 8, "n_kv_heads": 2, "vocab_size": 512, "multiple_of": 32,
@@ -769,3 +770,141 @@ def test_html_holds_both(ported, tmp_path, capsys):
     for wrong in ("other.html", "no/page.html"):
         code = compare.main([str(file), "--weights", str(folder), "--html", str(tmp_path / wrong)])
         assert code == 2 and capsys.readouterr().err.count("error:") == 1
+
+
+# ------------------------------------------------------------------------------------ 8 and 4 bits
+
+
+def by_llama_cpp(kind):
+    """Weights as llama.cpp's formats keep them, through its own library."""
+    import gguf
+
+    def through(w):
+        data = gguf.quantize(w.float().numpy(), kind)
+        return torch.from_numpy(gguf.dequantize(data, kind).copy())
+
+    return lambda weights: {n: through(w) if w.dim() == 2 else w for n, w in weights.items()}
+
+
+def ours_in(kind):
+    def through(weights):
+        params = llama.fill_params(SIZES)
+        held = quantized.load({"": weights}, params, "cpu", torch.float32, lambda n, s: s[0], kind)
+        return quantized_files.dequantized(held)
+
+    return through
+
+
+def kept_apart(weights, change):
+    """Only the layers' matrices quantized: many ports keep the table and the head as they were."""
+    whole = change(weights)
+    apart = ("tok_embeddings.weight", "output.weight")
+    return {name: weights[name] if name in apart else w for name, w in whole.items()}
+
+
+QUANTIZERS = {
+    "int8": (lambda: ours_in("int8"), "int8"),
+    "int4": (lambda: ours_in("int4"), "int4"),
+    "Q8_0": (lambda: by_llama_cpp(8), "int8"),
+    "Q4_0": (lambda: by_llama_cpp(2), "int4"),
+    "int4, table apart": (lambda: lambda weights: kept_apart(weights, ours_in("int4")), "int4"),
+}
+WRONG_ROPE = "you rotate half-split pairs on interleaved weights"
+
+
+@pytest.fixture
+def quantized_port(models, tmp_path, monkeypatch):
+    """quantized_port(change, made, dtype, only) -> a folder of plain weights, and the dump of a port."""
+    monkeypatch.setattr(llama, "forward", llama.forward)
+
+    def make(change, made=(), dtype=torch.float32, only=None, spoil=None):
+        folder, (weights, params, tokenizer) = models(SIZES, 0)
+        ids = torch.randint(0, 250, (1, 39), generator=torch.Generator().manual_seed(7))
+        tokens = torch.cat([torch.tensor([[llama.special(tokenizer, "begin_of_text")]]), ids], 1)
+        trace = port(tokens, change(weights), params, made)
+        if spoil:
+            spoil(trace)
+        kept = {n: x.to(dtype).contiguous() for n, x in trace.items() if n != "tokens"}
+        kept = {name: x.clone() for name, x in kept.items() if not only or re.search(only, name)}
+        save_file(kept | {"tokens": tokens}, tmp_path / "theirs.safetensors")
+        return folder, tmp_path / "theirs.safetensors"
+
+    return make
+
+
+@pytest.mark.parametrize("how", QUANTIZERS)
+def test_weights_in_few_bits_are_not_accused(quantized_port, how, capsys):
+    make, kind = QUANTIZERS[how]
+    for dtype in (torch.float32, torch.bfloat16) if how == kind else (torch.bfloat16,):
+        folder, file = quantized_port(make(), dtype=dtype)
+        code, found = ask(capsys, folder, file)
+        assert (code, found["steps"]) == (0, []) and found["quantized"] == kind, (how, dtype)
+    assert compare.main([str(file), "--weights", str(folder)]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"Within {kind} noise: 54 of 54 tensors, bfloat16; 40 positions")
+    assert any(f"the script's pass with its weights in {kind}." in line for line in lines)
+
+
+@pytest.mark.parametrize("how", ("int8", "int4", "Q4_0"))
+def test_a_mistake_on_top_of_few_bits_is_named(quantized_port, how, capsys):
+    make, kind = QUANTIZERS[how]
+    for made in (WRONG_ROPE, "norm eps is 1e-6"):
+        folder, file = quantized_port(make(), (made,))
+        code, found = ask(capsys, folder, file)
+        assert code == 1 and found["quantized"] == kind, made
+        assert found["steps"][0]["mistakes"] == [made], (made, found["steps"])
+        assert len(found["steps"]) == 1
+
+    def spoil(trace):  # unknown here: the place is still found
+        trace["layers.1.attention.heads"] = trace["layers.1.attention.heads"] * 1.01
+
+    folder, file = quantized_port(make(), spoil=spoil)
+    code, found = ask(capsys, folder, file)
+    assert code == 1 and found["steps"][0]["first"] == "layers.1.attention.heads"
+
+
+def test_a_few_tensors_of_few_bits(quantized_port, capsys):
+    """The ends of layers and the logits: the noise of a layer is measured as that of a layer."""
+    only = r"layers.\d.out$|logits"
+    folder, file = quantized_port(ours_in("int4"), only=only)
+    code, found = ask(capsys, folder, file)
+    assert code == 0 and found["quantized"] == "int4"
+    folder, file = quantized_port(lambda weights: weights, (WRONG_ROPE,), only=only)
+    code, found = ask(capsys, folder, file)
+    assert code == 1 and found["quantized"] is None
+
+
+def test_too_coarse_is_no_noise(quantized_port, capsys):
+    """3 bits, or int4 with one scale a row: more than the noise of 4 bits."""
+
+    def coarse(weights):
+        made = {}
+        for name, w in weights.items():
+            step = w.abs().amax(-1, keepdim=True) / 2
+            made[name] = (w / step).round() * step if w.dim() == 2 else w
+        return made
+
+    folder, file = quantized_port(coarse)
+    code, found = ask(capsys, folder, file)
+    assert code == 1 and found["quantized"] is None
+
+
+def test_a_quantized_reference(script, tmp_path, capsys, monkeypatch):
+    """Our own dumps, against the same weights in 8 or 4 bits, and against those as they are."""
+    monkeypatch.setattr(llama, "forward", llama.forward)
+    dump = tmp_path / "t.safetensors"
+    for kind in quantized.KINDS:
+        assert quantize.main([str(llama.TINY), str(tmp_path / kind), f"--{kind}"]) == 0
+        run = "Once upon a time there was", "--quantize", kind, "--save-trace", dump
+        said = script(
+            *run, "--trace-only", "layers.*", "--trace-only", "[tnl]o*", "--max-new-tokens", 0
+        )
+        assert said.returncode == 0, said.stderr
+        code, found = ask(capsys, llama.TINY, dump)
+        assert code == 0 and found["quantized"] == kind
+        code, found = ask(capsys, llama.TINY, dump, "--quantize", kind)
+        assert code == 0 and found["quantized"] is None
+        code, found = ask(capsys, tmp_path / kind, dump)
+        assert code == 0 and found["quantized"] is None
+    code, said = ask(capsys, tmp_path / "int8", dump, "--quantize", "int4")
+    assert code == 2 and "is in int8 already" in said

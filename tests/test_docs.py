@@ -23,7 +23,7 @@ from references import float64_loop
 import llama3_from_scratch as llama
 from docs import make_first_run
 from parts import commandline
-from tools import compare, random_checkpoint
+from tools import compare, quantize, random_checkpoint, scale
 from tools.viewer import build
 from weights import download
 
@@ -194,8 +194,8 @@ def test_command_runs(command, script, tmp_path, monkeypatch, capsys):
     command, _, source = command.partition(" < ")
     python, program, *words = shlex.split(command)
     assert python == "python" and (ROOT / program).is_file()
-    for flag, given in zip(words, words[1:]):
-        if flag == "--weights":
+    for flag, given in zip([program, *words], words):
+        if flag in ("--weights", "tools/quantize.py"):
             there = tmp_path / given.replace("~", str(tmp_path))
             there.parent.mkdir(parents=True, exist_ok=True)
             if there.suffix == ".pth":
@@ -217,7 +217,9 @@ def test_command_runs(command, script, tmp_path, monkeypatch, capsys):
         return
     main = {
         "tools/compare.py": compare.main,
+        "tools/quantize.py": quantize.main,
         "tools/random_checkpoint.py": random_checkpoint.main,
+        "tools/scale.py": scale.main,
         "tools/viewer/build.py": build.main,
         "weights/download.py": download.main,
     }[program]

@@ -17,11 +17,13 @@ import torch
 from conftest import SMALL
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from references import float64_loop
+from references import float64_loop, quantized_by_hand
 from safetensors.torch import load_file
 
 import llama3_from_scratch as llama
 from parts import inside, layouts, naming
+from parts.quantized_files import NAME as SAVED
+from tools import quantize
 from tools.random_checkpoint import random_checkpoint, random_weights
 
 USUAL = 400
@@ -137,6 +139,19 @@ def gguf_folder(folder, sizes):
     write_gguf(folder / "model.gguf", weights, params, KINDS.Q8_0 if small else KINDS.F32)
 
 
+def quantized_folder(folder, sizes):
+    """What tools/quantize.py writes: the table and the head in 8 bits, all else in 4."""
+    small = sizes["dim"] < 32  # 32 numbers share a scale
+    sizes = sizes | ({"dim": 32, "multiple_of": 32} if small else {})
+    original = random_checkpoint(folder.with_name("meta"), sizes, dtype=torch.float32, seed=1)
+    quantize.quantize(str(original), folder, "int4")
+
+
+def quantized_weights(folder):
+    """What a damaged file of quantized weights still says, in float32."""
+    return {name: w.float() for name, w in quantized_by_hand(folder / SAVED).items()}
+
+
 def gguf_logits(path, tokens):
     """What a damaged GGUF file still says, as the library reads it."""
     import gguf
@@ -178,6 +193,9 @@ def independent_logits(folder, tokens):
     """
     if (folder / "model.gguf").exists():
         return gguf_logits(folder / "model.gguf", tokens)
+    if (folder / SAVED).exists():
+        params = layouts.check_params(json.loads((folder / "params.json").read_text()), "params")
+        return float64_loop(tokens, quantized_weights(folder), params)["logits"]
     if (folder / "params.json").exists():
         given = json.loads((folder / "params.json").read_text())
         sizes = {*llama.REQUIRED, *llama.DEFAULTS}
@@ -235,6 +253,8 @@ def attempt(folder, tokens):
         with pytest.raises(ValueError, match="not finite"):
             inside.check_finite(logits, weights)
         return "error"
+    if (folder / SAVED).exists():
+        weights = quantized_weights(folder)
     if max(w.abs().max() for w in weights.values()) > 1e6:
         return "huge"  # squares overflow in float32, as they would in Meta's code
     expected = independent_logits(folder, tokens)
@@ -245,9 +265,11 @@ def attempt(folder, tokens):
 @pytest.mark.skipif(
     not os.path.exists("/proc/self/clear_refs"), reason="memory is measured as Linux does"
 )
-@pytest.mark.parametrize("make", [meta_folder, hugging_face_folder, gguf_folder])
+@pytest.mark.parametrize("make", [meta_folder, hugging_face_folder, gguf_folder, quantized_folder])
 @pytest.mark.parametrize("sizes, part", [(TINY, 2), (WIDE, 20)], ids=["100 kB", "50 MB"])
-def test_every_mutation_ends_well(tmp_path, make, sizes, part, capsys):
+def test_every_mutation_ends_well(tmp_path, make, sizes, part, capsys, monkeypatch):
+    monkeypatch.setattr(llama, "forward", llama.forward)
+    part *= 2 if make is quantized_folder else 1
     good, bad = tmp_path / "good", tmp_path / "bad"
     make(good, sizes)
     unread = "random_checkpoint.json"  # a mark, no part of a checkpoint
@@ -277,5 +299,5 @@ def test_every_mutation_ends_well(tmp_path, make, sizes, part, capsys):
         sum(count for (_, outcome), count in outcomes.items() if outcome == "error")
         > EXAMPLES
         // part
-        // (8 if make is gguf_folder else 4)  # most of a GGUF file is plain numbers
+        // (8 if make in (gguf_folder, quantized_folder) else 4)  # most of them is plain numbers
     )

@@ -10,6 +10,27 @@ def test_the_page_is_the_program_s():
     assert (ROOT / "tools/scale.md").read_text() == scale.report()
 
 
+def test_the_tables_of_what_to_choose_are_the_program_s(capsys):
+    assert scale.main(["--choose"]) == 0
+    assert capsys.readouterr().out in (ROOT / "docs/quantization.md").read_text()
+
+
+def test_what_to_choose_by_hand():
+    """8B: 8.03 billion numbers, 1.05 of them in the table and the head; 32 layers, 8 heads of 128."""
+    cache = 2 * 2 * 32 * 8 * 128 * 8192
+    assert scale.needed("8b", "bfloat16") == pytest.approx((2 * 8.03e9 + cache) / 1e9, rel=1e-3)
+    assert scale.needed("8b", "int8") == pytest.approx((8.03e9 + cache) / 1e9, rel=2e-3)
+    matrices, tables = 8.03e9 - 2 * 128256 * 4096, 2 * 128256 * 4096
+    int4 = matrices * (4 + 32 / 32) / 8 + tables  # a scale and a zero of 16 bits for each 32
+    assert scale.needed("8b", "int4") == pytest.approx((int4 + cache) / 1e9, rel=2e-3)
+    table = scale.choice()
+    for machine, room in scale.MACHINES.items():
+        (row,) = [line for line in table.splitlines() if line.startswith(f"| {machine}")]
+        for model, kind in zip(("1b", "3b", "8b", "70b"), row.split(" | ")[1:]):
+            fits = [bits for bits in scale.BITS if scale.needed(model, bits) <= room]
+            assert (fits[0] if fits else "–") == kind.strip(" |"), (machine, model)
+
+
 def test_sizes_are_the_releases():
     """Parameters of the releases: 8.03, 70.55 and 405.85 billion (Hugging Face, safetensors metadata)."""
     for model, billions in (("8B", 8.03), ("70B", 70.55), ("405B", 405.85)):

@@ -34,7 +34,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run by its path
 from llama3_from_scratch import encode, load_model
-from parts import inside, lens, printable, view, vocabulary
+from parts import inside, lens, printable, quantized, quantized_files, view, vocabulary
 from parts.layouts import free_memory
 from parts.programs import flags_of, run_program
 from tools import angles, dumps
@@ -611,6 +611,102 @@ def tolerances_of(args, dtype, trace, tokens, model, names):
     return bounds, step_bounds(dtype, trace, tokens, model, names)
 
 
+# ------------------------------------------------------------------------------------ 8 and 4 bits
+
+ROOM = 2  # how many times as far off as the script's own weights in 8 or 4 bits may a port's be?
+TRACE_OF_IT = 1 / 8  # less than so much of that noise is not its
+
+
+def in_bits(weights, kind):
+    """Weights in float32 that have gone through 8 or 4 bits: every matrix whose rows allow it."""
+    made = {}
+    for name, w in weights.items():
+        if w.dim() < 2:
+            made[name] = w
+        elif name == "output.weight" and w is weights["tok_embeddings.weight"]:
+            made[name] = made["tok_embeddings.weight"]
+        elif kind == "int8" or w.shape[1] % quantized.GROUP:
+            made[name] = quantized.dequantize8(*quantized.quantize8(w))
+        else:
+            parts = [quantized.dequantize4(*quantized.quantize4(part)) for part in w.split(4096)]
+            made[name] = torch.cat(parts)
+    return made
+
+
+def noise_of(kind, read, tokens, model):
+    """A function of mistakes: how far off is each step, and the whole pass, with weights in 8 or 4 bits?
+
+    It runs the script with such weights, and computes each step of that pass once more from that pass's own
+    tensors with the weights as they are, as is done with the dump: two dicts by name, of what is in the dump.
+    """
+    weights, params = model
+    held = in_bits(weights, kind)
+    known = {}
+
+    def noise(mistakes):
+        key = tuple(mistakes)
+        if key not in known:
+            own = plain_pass(tokens, (held, params), mistakes)
+            exact = plain_pass(tokens, model, mistakes)
+            shown = {
+                n: own[n] if x.shape == own[n].shape else own[n][:, -1:] for n, x in read.items()
+            }
+            ways = {name: [x] for name, x in shown.items()}
+            steps = all_errors(mistakes, ways, tokens, model, dict.fromkeys(own, 0.0))
+            known[key] = steps, {name: relative_error(x, exact[name]) for name, x in shown.items()}
+        return known[key]
+
+    return noise
+
+
+def quantization_seen(own_errors, allowed, in_16_bits, read, tokens, model):
+    """Are a dump's steps off as weights in 8 or 4 bits put them? The kind, its noise_of, and is it sure?
+
+    It is, if most steps that have weights are off by about as much as they are there. And where the dump
+    has enough steps without weights, which then have to agree, nothing else looks like that: sure. What
+    rounding to 16 bits does, a third of what is allowed for it, is taken off before.
+    """
+    off = [name for name, error in own_errors.items() if error > allowed[name]]
+    few = (
+        8 * len(off) < len(own_errors) and not in_16_bits
+    )  # half of the steps of a pass have weights
+    if few or not off:
+        return None
+    rounding = {name: allowed[name] / 3 if in_16_bits else 0.0 for name in own_errors}
+    own = {name: math.sqrt(max(0, e**2 - rounding[name] ** 2)) for name, e in own_errors.items()}
+    for kind in quantized.KINDS:
+        noise = noise_of(kind, read, tokens, model)
+        steps, _ = noise(())
+        least = rounding if in_16_bits else allowed
+        touched = [name for name in own if steps[name] > least[name]]
+        if not touched:
+            continue
+        shares = sorted(own[name] / steps[name] for name in touched)
+        middle = shares[len(shares) // 2]
+        if TRACE_OF_IT < middle <= ROOM:
+            return kind, noise, 3 * len(touched) <= 2 * len(own_errors)
+    return None
+
+
+def with_noise(noise, tolerances, bounds):
+    """The tolerances of a whole pass, and the bounds of steps, with ROOM for quantized weights on top.
+
+    What is off flows on: of a whole pass a tensor may be off as much as any before it.
+    """
+    _, whole = noise(())
+    wider, most = {}, 0.0
+    for name, error in tolerances.items():
+        most = max(most, whole.get(name, 0))
+        wider[name] = max(error, ROOM * most)
+
+    def wider_bounds(mistakes):
+        steps, _ = noise(mistakes)
+        known = bounds(mistakes)
+        return {name: max(error, ROOM * steps.get(name, 0)) for name, error in known.items()}
+
+    return wider, wider_bounds
+
+
 # ------------------------------------------------------------------------------------ what does not show
 
 LEAST = 3e-7  # what changes a tensor by less is rounding of float32, and no mistake in this model
@@ -712,7 +808,9 @@ def run(args):
         dtype=torch.float32,
         n_layers=told["n_layers"],
         rope_scaling_factor=told["rope_scaling_factor"],
+        quantize=args.quantize,
     )
+    weights = quantized_files.dequantized(weights)
     model = weights, params
     theirs, called = dumps.recognise(held, names, args.theirs, params)
     before_mask = dumps.mask_scores(theirs)
@@ -771,7 +869,20 @@ def compared(args, theirs, called, about, trace, tokens, model):
     ways = {name: [x for _, x in readings] for name, readings in read.items()}
     of_steps = bounds([])
     own_errors = all_errors([], ways, tokens, model, of_steps)
-    steps = diagnose(ways, tokens, model, bounds, own_errors)
+    nearest_ways = {name: xs[0] for name, xs in ways.items()}
+    in_16_bits = dtype != torch.float32
+    seen = quantization_seen(own_errors, of_steps, in_16_bits, nearest_ways, tokens, model)
+    kind_seen, noise, sure = seen or (None, None, False)
+    steps = []
+    if not sure:  # then what it looks like with the weights as they are comes first
+        steps = diagnose(ways, tokens, model, bounds, own_errors)
+        if all(step["mistakes"] for step in steps):
+            kind_seen = None
+    if kind_seen:
+        tolerances, bounds = with_noise(noise, tolerances, bounds)
+        of_steps = bounds([])
+        own_errors = all_errors([], ways, tokens, model, of_steps)
+        steps = diagnose(ways, tokens, model, bounds, own_errors)
     hidden = []
     if not steps:
         hidden, steps = below_rounding(ways, tokens, model, of_steps)
@@ -789,9 +900,12 @@ def compared(args, theirs, called, about, trace, tokens, model):
         d["allowed"] = tolerances[name]
         wrong = d["step"] > of_steps[name]
         d["verdict"] = "DIFFERS" if wrong else "follows" if name in differing else "ok"
+        if kind_seen:
+            d["noise"] = noise(())[0][name]
     kind = str(dtype).removeprefix("torch.")
     read = {name: xs[0] for name, xs in ways.items()}
-    return {"tensors": differences, "steps": steps, "hidden": hidden, "dtype": kind}, read
+    found = {"tensors": differences, "steps": steps, "hidden": hidden, "dtype": kind}
+    return found | {"quantized": kind_seen}, read
 
 
 def write_html(args, found, first, read, trace, tokens, model, tokenizer):
@@ -855,6 +969,8 @@ def report(found, params, args):
         details += [f"  {mistake}" for mistake in found["hidden"]]
         wanted = "in float32, " if found["dtype"] != "float32" else ""
         details.append(f"A dump {wanted}of all tensors and some hundred tokens shows more.")
+    if found["quantized"]:
+        details += how_noise_is_found(found)
     if details:
         lines += ["", *details]
     lines += ["", *table(differences, steps, args.all), ""]
@@ -883,6 +999,11 @@ def verdict(found, params):
             f"Everything agrees to {max(agreeing):.1e}{words}: {len(differences)} of {of} tensors, "
             f"{found['dtype']}; {found['positions']}."
         ]
+        if found["quantized"]:
+            lines = [
+                f"Within {found['quantized']} noise{words}: {len(differences)} of {of} tensors, "
+                f"{found['dtype']}; {found['positions']}."
+            ]
         if found["hidden"]:
             count = len(found["hidden"])
             return [
@@ -915,6 +1036,31 @@ def verdict(found, params):
     return [line, second]
 
 
+def how_noise_is_found(found):
+    """The lines on what weights in 8 or 4 bits do to this prompt, and what the dump does."""
+    noisy = {
+        n: d for n, d in found["tensors"].items() if d["noise"] > 1e-4 and d["verdict"] == "ok"
+    }
+    exact = [
+        d["step"] for n, d in found["tensors"].items() if d["verdict"] == "ok" and n not in noisy
+    ]
+    kind = found["quantized"]
+    lines = [
+        f"The weights of this port seem to be in {kind}, or in as few bits. Measured, on this prompt: the "
+        f"script's pass with its weights in {kind}."
+    ]
+    if noisy:
+        share = max(d["step"] / d["noise"] for d in noisy.values())
+        most = max(d["noise"] for d in noisy.values())
+        lines.append(
+            f"  Steps with weights are up to {most:.2g} off there, each by itself; the dump's are at most "
+            f"{share:.2g} times as far off, {ROOM} may be."
+        )
+    if exact:
+        lines.append(f"  Steps without weights agree to {max(exact):.1e}.")
+    return lines
+
+
 def explained(step, found, params, args):
     """The lines on one step: the tensor, the mistakes that give it, and how to mend them."""
     d = found["tensors"][step["first"]]
@@ -929,6 +1075,7 @@ def explained(step, found, params, args):
     if step.get("measured"):
         lines.append(f"  Measured from your tensors: {step['measured']}.")
     small = d["relative"] < 0.03 and found["dtype"] == "float32" and not args.dtype
+    small = small and not found["quantized"]
     before = [it["step"] for it in found["tensors"].values() if it["verdict"] == "ok"]
     if not step["mistakes"] and small and not (before and max(before) < 1e-6):
         lines.append(
@@ -1034,6 +1181,11 @@ def main(argv=None):
         "--dtype",
         choices=DTYPES,
         help="what they computed in (default: seen)",
+    )
+    add(
+        "--quantize",
+        choices=quantized.KINDS,
+        help="compare with the weights in 8 or 4 bits, as of --quantize of the script",
     )
     add("--all", action="store_true", help="a row for each tensor, also of layers that agree")
     add(

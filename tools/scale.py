@@ -1,6 +1,7 @@
 """How fast could several GPUs be, and where do more of them stop helping? Computed, not measured.
 
     python tools/scale.py > tools/scale.md
+    python tools/scale.py --choose                 which model fits which machine, in how many bits?
 
 One row of tokens, decoded by N GPUs that each hold 1/N of every matrix but the embedding, and all of that
 (tensor parallelism as in Megatron-LM, Shoeybi et al. 2019): whole heads, a slice of F, a slice of V. A step
@@ -8,6 +9,7 @@ reads each GPU's weights and keys and values once, and sums x over the GPUs twic
 stand in the two tables below.
 """
 
+import functools
 import math
 import os
 import signal
@@ -17,8 +19,12 @@ from pathlib import Path
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # quiet also while torch is imported
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run by its path
+import torch
+
 from llama3_from_scratch import fill_params, weight_shapes
+from parts import quantized
 from parts.programs import flags_of, run_program
+from tools.random_checkpoint import SHAPES, TIED
 
 # params.json of the releases (llama-models, models/sku_list.py).
 MODELS = {
@@ -193,10 +199,63 @@ layers for {step("405B", "H100", 2)[2]}. More GPUs then serve more rows, not fas
 """
 
 
+# ------------------------------------------------------------------------------------ which bits?
+
+SYSTEM, PROGRAM = 3, 1  # GB of a laptop that the system and a browser take, and the program itself
+MACHINES = {  # GB that are left for weights and cache
+    **{f"laptop of {GB} GB": GB - SYSTEM - PROGRAM for GB in (8, 16, 32)},
+    **{f"GPU of {GB} GB": GB - OTHER for GB in (8, 16, 24, 80)},
+}
+BITS = ("bfloat16", *quantized.KINDS)
+
+
+@functools.cache
+def weights_of(shape, kind):
+    """Bytes of the weights of a release, in bfloat16 or in 8 or 4 bits. 1B and 3B have one table for two."""
+    params, tied = fill_params(SHAPES[shape]), shape in TIED
+    if kind != "bfloat16":
+        return quantized.size_of(params, kind, torch.bfloat16, tied)
+    shapes = weight_shapes(params)
+    if tied:
+        del shapes["output.weight"]
+    return WIDTH * sum(map(math.prod, shapes.values()))
+
+
+def needed(shape, kind, positions=POSITIONS):
+    """GB for a release: weights, and keys and values of one row in bfloat16."""
+    params = fill_params(SHAPES[shape])
+    cache = 2 * WIDTH * params["n_layers"] * params["n_kv_heads"] * params["head_dim"] * positions
+    return (weights_of(shape, kind) + cache) / 1e9
+
+
+def choice():
+    """Two tables: GB for each release and format, and for each machine the most bits that fit."""
+    models = ("1b", "3b", "8b", "70b")
+    lines = [f"| {'GB':<16} | {' | '.join(model.upper() for model in models)} |"]
+    lines.append("| --- |" + " ---: |" * len(models))
+    for kind in BITS:
+        numbers = (f"{needed(model, kind):.1f}" for model in models)
+        lines.append(f"| {kind:<16} | {' | '.join(numbers)} |")
+    lines += ["", *lines[:2]]
+    lines[-2] = lines[-2].replace(f"{'GB':<16}", f"{'':<16}")
+    lines[-1] = "| --- |" + " --- |" * len(models)
+    for machine, room in MACHINES.items():
+        fits = (
+            next((kind for kind in BITS if needed(model, kind) <= room), "–") for model in models
+        )
+        lines.append(f"| {machine:<16} | {' | '.join(fits)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main(argv=None):
     def work():
-        flags_of(description=__doc__).parse_args(argv)
-        sys.stdout.write(report())
+        parser = flags_of(description=__doc__)
+        parser.add_argument(
+            "--choose",
+            action="store_true",
+            help="instead: the tables of docs/quantization.md, what to choose on which machine",
+        )
+        sys.stdout.write(choice() if parser.parse_args(argv).choose else report())
 
     return run_program(work)
 
