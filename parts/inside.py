@@ -208,11 +208,12 @@ def forward_with_breakpoints(
     namespace["stop_at"] = stop_at
     file = inspect.getsourcefile(plain) or "forward"
     exec(compile(lines_before + source, file, "exec"), namespace)
-    if processes()[1] == 1:
-        return quantized.for_quantized(namespace["forward"])
-    from parts import parallel
+    stopping = namespace["forward"]
+    if processes()[1] > 1:
+        from parts import parallel
 
-    return parallel.meeting(namespace["forward"])
+        stopping = parallel.meeting(stopping)
+    return quantized.for_quantized(stopping)
 
 
 # ------------------------------------------------------------------------------------ traces

@@ -880,11 +880,6 @@ def load_model(
             "share; start the script alone, without torchrun"
         )
     own, shapes = params, llama.weight_shapes(params)
-    if N > 1 and quantize is not None:
-        raise ValueError(
-            f"--quantize {quantize}: not with several processes, each of which would hold a share; start the "
-            "script alone, without torchrun"
-        )
     if N > 1:
         from parts import parallel
 
@@ -900,7 +895,7 @@ def load_model(
     quantize = saved.get("kind", quantize)
     if quantize is not None:
         quantized.check_kind(quantize)
-        held = quantized.size_of(own, quantize, dtype, tied)
+        held = quantized.size_of(shapes, quantize, dtype, tied and N == 1)
     if not force:
         room = positions(tokenizer, params["max_seq_len"]) if positions else 0
         check_memory(own, held, device, dtype.itemsize, room)
@@ -912,9 +907,11 @@ def load_model(
         return w
 
     total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
-    with progress(f"reading {short_name}", total if N == 1 else 0, "B") as advance:
+    doing = "quantizing" if quantize and not saved else "reading"
+    with progress(f"{doing} {short_name}", total if N == 1 else 0, "B") as advance:
         if N > 1:
-            weights = parallel.load_share(shards, own, device, dtype, convert)
+            weights = parallel.load_share(shards, own, device, dtype, convert, quantize=quantize)
+            llama.forward = quantized.for_quantized(llama.forward)  # type: ignore[assignment]
         elif saved:
             from parts import quantized_files
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 import llama3_from_scratch as llama
-from parts import first_line, printable, processes
+from parts import first_line, printable, processes, quantized
 from parts.files import delete_unfinished, read_input
 from parts.inside import compose
 
@@ -113,24 +113,32 @@ def load_share(
     dtype: torch.dtype,
     convert: Callable[[str, Tensor], Tensor] | None = None,
     place: tuple[int, int] | None = None,
+    quantize: str | None = None,
 ) -> llama.Weights:
     """One process's share of a checkpoint, in memory of its own: the mapped files, which hold all, can go.
 
-    params: from share_of_params. convert: as of layouts. place: rank and N, if not this process's.
+    params: from share_of_params. convert: as of layouts. place: rank and N, if not this process's. quantize:
+    as of layouts; a share is quantized by itself.
     """
     rank, N = place or processes()
     tied = "output.weight" not in next(iter(shards.values()))
     weights: llama.Weights = {}
     for name in llama.weight_shapes(params):
-        if tied and name == "output.weight":
+        is_table = tied and name == "output.weight"
+        if is_table and quantize is None:
             rows = params["vocab_size"] // N
             weights[name] = weights["tok_embeddings.weight"].narrow(0, rank * rows, rows)
             continue
-        slices = [shard[name] for shard in shards.values()]
+        source = "tok_embeddings.weight" if is_table else name
+        slices = [shard[source] for shard in shards.values()]
         if convert and slices[0].is_meta:  # of a GGUF file: a tensor is read now, and whole
-            slices = [convert(name, slices[0])]
+            slices = [convert(source, slices[0])]
         w = share_of_tensor(name, slices, params, rank, N)
-        w = convert(name, w) if convert else w
+        w = convert(source, w) if convert else w
+        kind = quantized.kind_of(quantize, name, tuple(w.shape)) if quantize else ""
+        if kind:
+            weights[name] = quantized.quantized(w.to(device), kind)
+            continue
         weights[name] = w.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     return weights
 
@@ -211,8 +219,9 @@ def rows_of_all(w: Tensor, ids: Tensor) -> Tensor:
     """Rows ids (N) of a matrix of which each process has a share, one below the other: N D."""
     ids = ids.to(w.device) - processes()[0] * len(w)
     mine = (ids >= 0) & (ids < len(w))
-    rows = w.new_zeros(len(ids), w.shape[1])
-    rows[mine] = w[ids[mine]]
+    found = quantized.rows(w, ids[mine])
+    rows = found.new_zeros(len(ids), found.shape[1])
+    rows[mine] = found
     dist.all_reduce(rows)
     return rows
 

@@ -341,7 +341,7 @@ def for_quantized(forward: llama.Forward) -> llama.Forward:
         how = weights, params, cache, positions, last
         table = weights["tok_embeddings.weight"]
         if not is_quantized(table):
-            return forward(tokens, *how, probe, project)
+            return forward(tokens, *how, probe=probe, project=project)
         asked = tokens
 
         def with_rows(name: str, dims: str, tensor: Tensor) -> Tensor:
@@ -353,7 +353,8 @@ def for_quantized(forward: llama.Forward) -> llama.Forward:
                 asked = tensor
             return tensor
 
-        return forward(tokens, *how, with_rows, functools.partial(multiply, plain=project))
+        product = functools.partial(multiply, plain=project)
+        return forward(tokens, *how, probe=with_rows, project=product)
 
     vars(read)["takes_quantized"] = True
     return read
@@ -390,10 +391,10 @@ def load(
     return weights
 
 
-def size_of(params: llama.Params, kind: str, dtype: torch.dtype, tied: bool) -> int:
-    """How many bytes the weights of a model take, when they are quantized."""
+def size_of(shapes: dict[str, tuple[int, ...]], kind: str, dtype: torch.dtype, tied: bool) -> int:
+    """How many bytes weights of these shapes take, when they are quantized."""
     total = 0
-    for name, shape in llama.weight_shapes(params).items():
+    for name, shape in shapes.items():
         if name == "output.weight" and tied:
             continue
         into = kind_of(kind, name, shape)

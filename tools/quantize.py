@@ -54,7 +54,7 @@ def quantize(
     if tied:
         del shapes["output.weight"]
     count = sum(map(math.prod, shapes.values()))
-    needed = quantized.size_of(params, kind, dtype, tied)
+    needed = quantized.size_of(shapes, kind, dtype, tied)
     free = shutil.disk_usage(folder.parent).free
     if needed > free:
         raise ValueError(f"{target}: {size(needed)} to write, {size(free)} are free")

@@ -214,7 +214,7 @@ def weights_of(shape, kind):
     """Bytes of the weights of a release, in bfloat16 or in 8 or 4 bits. 1B and 3B have one table for two."""
     params, tied = fill_params(SHAPES[shape]), shape in TIED
     if kind != "bfloat16":
-        return quantized.size_of(params, kind, torch.bfloat16, tied)
+        return quantized.size_of(weight_shapes(params), kind, torch.bfloat16, tied)
     shapes = weight_shapes(params)
     if tied:
         del shapes["output.weight"]
