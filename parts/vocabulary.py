@@ -54,9 +54,14 @@ def from_json(
     if kind == "LlamaTokenizer" and not mentions(content.get("pre_tokenizer"), "ByteLevel"):
         content = as_llama_2(content, config)
         config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | config
-    if kind == "GPT2Tokenizer":
-        content = as_gpt_2(content, config)
-        config = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>") | config
+    if kind == "CodeLlamaTokenizer":
+        if content.get("post_processor") is None:
+            config["add_bos_token"] = True
+        content = as_llama_2(content, config | {"legacy": False})
+        config = CODE_LLAMAS | config
+    if kind in BYTE_LEVEL_CLASSES:
+        content = as_byte_level(content, config, kind)
+        config = dict.fromkeys(BYTE_LEVEL_CLASSES[kind], "<|endoftext|>") | config
     tokenizer = own_of_llama_3(content, config, source)
     if tokenizer is None:
         tokenizer = through_tokenizers(content, config, source)
@@ -120,17 +125,37 @@ def as_llama_2(content: dict[str, Any], config: Json) -> dict[str, Any]:
     return content | {"normalizer": None, "pre_tokenizer": metaspace, "model": model}
 
 
-def as_gpt_2(content: dict[str, Any], config: Json) -> dict[str, Any]:
-    """A tokenizer.json as transformers 5 takes it where GPT2Tokenizer is its class.
+CODE_LLAMAS = {  # what CodeLlamaTokenizer knows without being told
+    "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "prefix_token": "\u2581<PRE>",
+    "middle_token": "\u2581<MID>", "suffix_token": "\u2581<SUF>", "eot_token": "\u2581<EOT>",
+    "fill_token": "<FILL_ME>",
+}  # fmt: skip
+BYTE_LEVEL_CLASSES = {  # which of its special tokens are <|endoftext|> where no other is told
+    "GPT2Tokenizer": ("bos_token", "eos_token", "unk_token"),
+    "GPTNeoXTokenizer": ("bos_token", "eos_token", "unk_token"),
+    "Qwen2Tokenizer": ("eos_token", "unk_token", "pad_token"),
+}
+
+
+def as_byte_level(content: dict[str, Any], config: Json, kind: str) -> dict[str, Any]:
+    """A tokenizer.json as transformers 5 takes it where its class is one of BYTE_LEVEL_CLASSES.
 
     It keeps the vocabulary, the merges and the post-processor; add_prefix_space is the config's.
     """
     prefix = bool(config.get("add_prefix_space"))
     letters = {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True}
     letters["use_regex"] = True
+    cut: Json = letters
+    if kind == "Qwen2Tokenizer":  # as Llama 3, but digit by digit
+        pattern = {"Regex": llama_3_pattern().replace(r"\p{N}{1,3}", r"\p{N}")}
+        split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+        cut = {"type": "Sequence", "pretokenizers": [split, letters | {"use_regex": False}]}
+    normalizer = None if kind == "GPT2Tokenizer" else {"type": "NFC"}
     model = {"type": "BPE", "vocab": content["model"]["vocab"]}
     model["merges"] = content["model"].get("merges") or []
-    made = {"normalizer": None, "pre_tokenizer": letters, "decoder": letters, "model": model}
+    made = {"normalizer": normalizer, "pre_tokenizer": cut, "decoder": letters, "model": model}
+    if kind == "GPTNeoXTokenizer":  # begin and end are the config's
+        made["post_processor"] = None
     return content | made
 
 
@@ -599,11 +624,24 @@ def open_folder(folder: Path) -> Any:
     if path.exists():  # its post-processor alone decides, as transformers 5 has it
         for key in ("add_bos_token", "add_eos_token"):
             config.pop(key, None)
+        config["tokenizer_class"] = class_of(folder, config)
         return from_json(read_json(path), config, stops, path)
     path = find_model_file(folder)
     if not path.is_file():
         raise ValueError(f"{folder}: neither tokenizer.model nor tokenizer.json is there")
     return with_use(of_model_file(path, config), config, stops, path)
+
+
+def class_of(folder: Path, config: Json) -> Any:
+    """The class that counts beside a tokenizer.json, as transformers 5 has it; None: the file alone.
+
+    config.json may name it too. For a Mistral no class counts.
+    """
+    path = folder / "config.json"
+    settings = read_json(path) if path.exists() else {}
+    if settings.get("model_type") == "mistral":
+        return None
+    return config.get("tokenizer_class") or settings.get("tokenizer_class")
 
 
 def added_by_older_file(folder: Path, config: Json) -> dict[str, dict[str, Any]]:
