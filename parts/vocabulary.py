@@ -352,7 +352,8 @@ def through_tokenizers(content: dict[str, Any], config: Json, source: object) ->
 
     def encode_ordinary(text: str) -> list[int]:
         model.encode_special_tokens = True  # as text
-        return model.encode(text, add_special_tokens=False).ids
+        ids: list[int] = encoded(model, text, source).ids
+        return ids
 
     def encode_single_token(text: str) -> int:
         if text not in own:
@@ -368,7 +369,7 @@ def through_tokenizers(content: dict[str, Any], config: Json, source: object) ->
     def encode_chat(text: str, mark: str) -> list[int]:
         return encode_with_specials(model, content, specials, text, mark, source)
 
-    begin, end = begin_end_in_library(model, config, own, content)
+    begin, end = begin_end_in_library(model, config, own, content, source)
     return types.SimpleNamespace(
         n_vocab=1 + max(tokens, default=-1),
         encode_ordinary=encode_ordinary,
@@ -395,21 +396,57 @@ def bytes_of(text: str, letters: bool) -> bytes:
     return text.replace("\u2581", " ").encode()
 
 
+def encoded(model: Any, text: str, source: object, whole: bool = False) -> Any:
+    """What the library makes of a text; whole: with what stands before and behind it."""
+    try:
+        return model.encode(text, add_special_tokens=whole)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as problem:  # Rust's panics are no Exception
+        raise ValueError(
+            f"{source}: the tokenizer cannot encode {text[:40]!r} ({first_line(problem)})"
+        ) from None
+
+
+def check_post_processor(step: Any, source: object) -> None:
+    """ValueError if a template names a token that it does not hold: the library would panic, and say so."""
+    if not isinstance(step, dict):
+        return
+    inner = step.get("processors")
+    for part in inner if isinstance(inner, list) else ():
+        check_post_processor(part, source)
+    known = step.get("special_tokens")
+    for piece in (step.get("single") or []) + (step.get("pair") or []):
+        name = piece["SpecialToken"]["id"] if "SpecialToken" in piece else None
+        if name is not None and name not in (known or {}):
+            raise ValueError(
+                f"{source}: its post_processor puts {str(name)[:40]!r} into a text, but does not say what "
+                "that is"
+            )
+
+
 def begin_end_in_library(
-    model: Any, config: Json, own: Mapping[str, int], content: Json
+    model: Any, config: Json, own: Mapping[str, int], content: Json, source: object
 ) -> tuple[list[int], list[int]]:
     """The ids that the post-processor puts in front of a text and behind it."""
     explicit = "add_bos_token" in config or "add_eos_token" in config
     if explicit or content.get("post_processor") is None:
         begin, end = begin_end_of_config(config, ([], []))
         return [own[text] for text in begin if text in own], [own[t] for t in end if t in own]
+    check_post_processor(content["post_processor"], source)  # the library has taken it
     model.encode_special_tokens = False
-    found = model.encode("a")
-    inner = model.encode("a", add_special_tokens=False).ids
+    found = encoded(model, "a", source, whole=True)
+    inner = encoded(model, "a", source).ids
     at = 0
     while at < len(found.ids) and found.special_tokens_mask[at]:
         at += 1
-    return found.ids[:at], found.ids[at + len(inner) :]
+    begin, end = found.ids[:at], found.ids[at + len(inner) :]
+    unknown = {*begin, *end} - {*own.values()}
+    if unknown:
+        raise ValueError(
+            f"{source}: its post_processor puts the id {min(unknown)} into a text, which is no token's"
+        )
+    return begin, end
 
 
 def encode_with_specials(
@@ -424,7 +461,7 @@ def encode_with_specials(
     meant = len(wanted.findall(text))
     if mark not in text:
         model.encode_special_tokens = False
-        ids = model.encode(text, add_special_tokens=False).ids
+        ids: list[int] = encoded(model, text, source).ids
         if sum(token in specials.values() for token in ids) == meant:
             return ids  # and none has come about otherwise, by a normalizer
     other = open_in_library({**content, "added_tokens": [], "post_processor": None}, source)
@@ -441,7 +478,7 @@ def encode_with_specials(
     written = parts[0].replace(mark, "")
     for special, part in zip(wanted.findall(text), parts[1:]):
         written += names[special] + part.replace(mark, "")
-    found = other.encode(written, add_special_tokens=False).ids
+    found = encoded(other, written, source).ids
     return [meanings.get(token, token) for token in found]
 
 

@@ -314,6 +314,26 @@ def test_added_tokens_of_both_files(vocabularies, tmp_path):
     assert ours.decode([700, 701]) == "<tool>[PAD]"
 
 
+def bos_in_front(text, n):
+    """A post-processor that puts one token in front."""
+    a, b = ({"Sequence": {"id": side, "type_id": 0}} for side in "AB")
+    bos = {"SpecialToken": {"id": text, "type_id": 0}}
+    specials = {text: {"id": text, "ids": [n], "tokens": [text]}}
+    return {
+        "type": "TemplateProcessing", "single": [bos, a], "pair": [bos, a, b], "special_tokens": specials
+    }  # fmt: skip
+
+
+def in_front(text, n=None):
+    """A post-processor that puts a token in front; of no n it does not say what that is."""
+    step = bos_in_front(text, n)
+    return step | ({"special_tokens": {}} if n is None else {})
+
+
+OF_A = {"model": {"vocab": {"a": 0}, "merges": []}}
+OF_UNKNOWN = {"model": {"vocab": {"b": 0}, "merges": [], "unk_token": "c"}}
+
+
 @pytest.mark.parametrize(
     "content, says",
     [
@@ -325,12 +345,24 @@ def test_added_tokens_of_both_files(vocabularies, tmp_path):
         ({"model": {"vocab": {"a": 0}, "merges": [["a", "b"]]}}, "no tokenizer"),
         ({"model": {"vocab": {"\ud800": 0}, "merges": []}}, "no tokenizer"),
         ({"model": {"vocab": {"a": 0}, "merges": []}, "pre_tokenizer": {"type": "X"}}, "no tokenizer"),
+        (OF_A | {"post_processor": in_front("b")}, "puts 'b' into a text, but does not say"),
+        (OF_A | {"post_processor": {"type": "Sequence", "processors": [in_front("b")]}}, "puts 'b'"),
+        (OF_A | {"post_processor": in_front("b", 99999)}, "the id 99999 .* no token's"),
+        (OF_A | {"post_processor": in_front("b", -1)}, "no tokenizer"),
+        (OF_UNKNOWN | {"post_processor": in_front("b", 0)}, "cannot encode 'a'"),
     ],
 )  # fmt: skip
 def test_broken_tokenizers_are_one_line(content, says):
     with pytest.raises(ValueError, match=f"^x: .*{says}") as problem:
         vocabulary.from_json(content, {}, [], "x")
     assert "\n" not in str(problem.value)
+
+
+def test_a_text_that_the_library_cannot_encode_is_one_line():
+    ours = vocabulary.from_json(OF_UNKNOWN, {"chat_template": CHATML}, [], "x")
+    for ask in (lambda: llama.encode(ours, "a"), lambda: chat.template_ids(ours, turns("a"))):
+        with pytest.raises(ValueError, match=r"^x: the tokenizer cannot encode .*Unk token `c`"):
+            ask()
 
 
 def test_tokenizer_model_alone(tmp_path, vocabularies):
@@ -370,16 +402,6 @@ def with_files(source, folder, **contents):
     for stem, content in contents.items():
         (folder / f"{stem}.json").write_text(json.dumps(content))
     return folder
-
-
-def bos_in_front(text, n):
-    """A post-processor that puts one token in front."""
-    a, b = ({"Sequence": {"id": side, "type_id": 0}} for side in "AB")
-    bos = {"SpecialToken": {"id": text, "type_id": 0}}
-    specials = {text: {"id": text, "ids": [n], "tokens": [text]}}
-    return {
-        "type": "TemplateProcessing", "single": [bos, a], "pair": [bos, a, b], "special_tokens": specials
-    }  # fmt: skip
 
 
 CLASSES = ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "LlamaTokenizer"]
