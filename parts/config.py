@@ -48,6 +48,7 @@ HARMLESS = set(
     temperature top_k top_p min_p typical_p repetition_penalty length_penalty
     no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
     remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    loss_type neftune_noise_alpha base_model_tp_plan base_model_pp_plan base_model_ep_plan
     finetuning_task problem_type id2label label2id num_labels is_decoder
     """.split()
 )

@@ -559,7 +559,7 @@ def scaling_of(factors: Tensor, params: Params) -> Params | None:
 
 # ---------------------------------------------------------------------------------------- the tokenizer
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # types of tokens; 5 is unused, 6 a byte
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # types of tokens; 6 is a byte
 BYTE_LEVEL = {
     "type": "ByteLevel",
     "add_prefix_space": False,
@@ -628,7 +628,10 @@ def tokenizer_of(
         )
     added = [n for n, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED, UNKNOWN)]
     usual = max({*range(len(tokens))} - {*added}, default=-1)
-    made["model"]["vocab"] = {token: n for n, token in enumerate(tokens) if n <= usual}
+    # What the converter calls the rows that are no token's.
+    spare = {n for n, token in enumerate(tokens) if types[n] == UNUSED and token == f"[PAD{n}]"}
+    usual_ids = [n for n in range(usual + 1) if n not in spare]
+    made["model"]["vocab"] = {tokens[n]: n for n in usual_ids}
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     made["added_tokens"] = [
         {"id": n, "content": tokens[n], **plain, "special": types[n] != USER_DEFINED} for n in added

@@ -32,8 +32,11 @@ OWNERS = ("Meta's", "Hugging Face's", "LLMs-from-scratch's")
 TABLES = [
     {names[dialect].removeprefix("model."): names[META] for names in NAMES} for dialect in range(3)
 ]
-# Modules around modules: torch.compile's, data parallel training's, FSDP's, checkpointed activations'.
-WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+# Modules around modules: torch.compile's, data parallel training's, Fabric's, FSDP's, and those whose
+# activations are computed twice.
+WRAPPERS = set(
+    "_orig_mod module _forward_module _fsdp_wrapped_module _checkpoint_wrapped_module".split()
+)
 HOLDERS = ("model", "state_dict", "model_state_dict", "module")  # of the tensors, in a saved dict
 ADAPTER = "adapter_config.json"
 

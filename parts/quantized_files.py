@@ -367,6 +367,11 @@ def write_tokenizer(folder: Path, tokenizer: Any) -> None:
             shutil.copytree(beside / name, folder / name)
         elif (beside / name).is_file():
             shutil.copyfile(beside / name, folder / name)
+    if source.suffix == ".json":  # config.json tells which class counts
+        path = folder / "tokenizer_config.json"
+        settings = layouts.read_json(path) if path.exists() else {}
+        settings["tokenizer_class"] = vocabulary.class_of(beside, settings)
+        path.write_text(json.dumps(settings, ensure_ascii=False, indent=1), encoding="utf-8")
     path = beside / "generation_config.json"
     told = layouts.read_json(path) if path.exists() else {}
     told["eos_token_id"] = vocabulary.stops_of(beside)  # config.json tells some of them

@@ -54,9 +54,14 @@ def from_json(
     if kind == "LlamaTokenizer" and not mentions(content.get("pre_tokenizer"), "ByteLevel"):
         content = as_llama_2(content, config)
         config = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | config
-    if kind == "GPT2Tokenizer":
-        content = as_gpt_2(content, config)
-        config = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>") | config
+    if kind == "CodeLlamaTokenizer":
+        if content.get("post_processor") is None:
+            config["add_bos_token"] = True
+        content = as_llama_2(content, config | {"legacy": False})
+        config = CODE_LLAMAS | config
+    if kind in BYTE_LEVEL_CLASSES:
+        content = as_byte_level(content, config, kind)
+        config = dict.fromkeys(BYTE_LEVEL_CLASSES[kind], "<|endoftext|>") | config
     tokenizer = own_of_llama_3(content, config, source)
     if tokenizer is None:
         tokenizer = through_tokenizers(content, config, source)
@@ -120,17 +125,37 @@ def as_llama_2(content: dict[str, Any], config: Json) -> dict[str, Any]:
     return content | {"normalizer": None, "pre_tokenizer": metaspace, "model": model}
 
 
-def as_gpt_2(content: dict[str, Any], config: Json) -> dict[str, Any]:
-    """A tokenizer.json as transformers 5 takes it where GPT2Tokenizer is its class.
+CODE_LLAMAS = {  # what CodeLlamaTokenizer knows without being told
+    "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "prefix_token": "\u2581<PRE>",
+    "middle_token": "\u2581<MID>", "suffix_token": "\u2581<SUF>", "eot_token": "\u2581<EOT>",
+    "fill_token": "<FILL_ME>",
+}  # fmt: skip
+BYTE_LEVEL_CLASSES = {  # which of its special tokens are <|endoftext|> where no other is told
+    "GPT2Tokenizer": ("bos_token", "eos_token", "unk_token"),
+    "GPTNeoXTokenizer": ("bos_token", "eos_token", "unk_token"),
+    "Qwen2Tokenizer": ("eos_token", "unk_token", "pad_token"),
+}
+
+
+def as_byte_level(content: dict[str, Any], config: Json, kind: str) -> dict[str, Any]:
+    """A tokenizer.json as transformers 5 takes it where its class is one of BYTE_LEVEL_CLASSES.
 
     It keeps the vocabulary, the merges and the post-processor; add_prefix_space is the config's.
     """
     prefix = bool(config.get("add_prefix_space"))
     letters = {"type": "ByteLevel", "add_prefix_space": prefix, "trim_offsets": True}
     letters["use_regex"] = True
+    cut: Json = letters
+    if kind == "Qwen2Tokenizer":  # as Llama 3, but digit by digit
+        pattern = {"Regex": llama_3_pattern().replace(r"\p{N}{1,3}", r"\p{N}")}
+        split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+        cut = {"type": "Sequence", "pretokenizers": [split, letters | {"use_regex": False}]}
+    normalizer = None if kind == "GPT2Tokenizer" else {"type": "NFC"}
     model = {"type": "BPE", "vocab": content["model"]["vocab"]}
     model["merges"] = content["model"].get("merges") or []
-    made = {"normalizer": None, "pre_tokenizer": letters, "decoder": letters, "model": model}
+    made = {"normalizer": normalizer, "pre_tokenizer": cut, "decoder": letters, "model": model}
+    if kind == "GPTNeoXTokenizer":  # begin and end are the config's
+        made["post_processor"] = None
     return content | made
 
 
@@ -327,7 +352,8 @@ def through_tokenizers(content: dict[str, Any], config: Json, source: object) ->
 
     def encode_ordinary(text: str) -> list[int]:
         model.encode_special_tokens = True  # as text
-        return model.encode(text, add_special_tokens=False).ids
+        ids: list[int] = encoded(model, text, source).ids
+        return ids
 
     def encode_single_token(text: str) -> int:
         if text not in own:
@@ -343,7 +369,7 @@ def through_tokenizers(content: dict[str, Any], config: Json, source: object) ->
     def encode_chat(text: str, mark: str) -> list[int]:
         return encode_with_specials(model, content, specials, text, mark, source)
 
-    begin, end = begin_end_in_library(model, config, own, content)
+    begin, end = begin_end_in_library(model, config, own, content, source)
     return types.SimpleNamespace(
         n_vocab=1 + max(tokens, default=-1),
         encode_ordinary=encode_ordinary,
@@ -370,21 +396,57 @@ def bytes_of(text: str, letters: bool) -> bytes:
     return text.replace("\u2581", " ").encode()
 
 
+def encoded(model: Any, text: str, source: object, whole: bool = False) -> Any:
+    """What the library makes of a text; whole: with what stands before and behind it."""
+    try:
+        return model.encode(text, add_special_tokens=whole)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as problem:  # Rust's panics are no Exception
+        raise ValueError(
+            f"{source}: the tokenizer cannot encode {text[:40]!r} ({first_line(problem)})"
+        ) from None
+
+
+def check_post_processor(step: Any, source: object) -> None:
+    """ValueError if a template names a token that it does not hold: the library would panic, and say so."""
+    if not isinstance(step, dict):
+        return
+    inner = step.get("processors")
+    for part in inner if isinstance(inner, list) else ():
+        check_post_processor(part, source)
+    known = step.get("special_tokens")
+    for piece in (step.get("single") or []) + (step.get("pair") or []):
+        name = piece["SpecialToken"]["id"] if "SpecialToken" in piece else None
+        if name is not None and name not in (known or {}):
+            raise ValueError(
+                f"{source}: its post_processor puts {str(name)[:40]!r} into a text, but does not say what "
+                "that is"
+            )
+
+
 def begin_end_in_library(
-    model: Any, config: Json, own: Mapping[str, int], content: Json
+    model: Any, config: Json, own: Mapping[str, int], content: Json, source: object
 ) -> tuple[list[int], list[int]]:
     """The ids that the post-processor puts in front of a text and behind it."""
     explicit = "add_bos_token" in config or "add_eos_token" in config
     if explicit or content.get("post_processor") is None:
         begin, end = begin_end_of_config(config, ([], []))
         return [own[text] for text in begin if text in own], [own[t] for t in end if t in own]
+    check_post_processor(content["post_processor"], source)  # the library has taken it
     model.encode_special_tokens = False
-    found = model.encode("a")
-    inner = model.encode("a", add_special_tokens=False).ids
+    found = encoded(model, "a", source, whole=True)
+    inner = encoded(model, "a", source).ids
     at = 0
     while at < len(found.ids) and found.special_tokens_mask[at]:
         at += 1
-    return found.ids[:at], found.ids[at + len(inner) :]
+    begin, end = found.ids[:at], found.ids[at + len(inner) :]
+    unknown = {*begin, *end} - {*own.values()}
+    if unknown:
+        raise ValueError(
+            f"{source}: its post_processor puts the id {min(unknown)} into a text, which is no token's"
+        )
+    return begin, end
 
 
 def encode_with_specials(
@@ -399,7 +461,7 @@ def encode_with_specials(
     meant = len(wanted.findall(text))
     if mark not in text:
         model.encode_special_tokens = False
-        ids = model.encode(text, add_special_tokens=False).ids
+        ids: list[int] = encoded(model, text, source).ids
         if sum(token in specials.values() for token in ids) == meant:
             return ids  # and none has come about otherwise, by a normalizer
     other = open_in_library({**content, "added_tokens": [], "post_processor": None}, source)
@@ -416,7 +478,7 @@ def encode_with_specials(
     written = parts[0].replace(mark, "")
     for special, part in zip(wanted.findall(text), parts[1:]):
         written += names[special] + part.replace(mark, "")
-    found = other.encode(written, add_special_tokens=False).ids
+    found = encoded(other, written, source).ids
     return [meanings.get(token, token) for token in found]
 
 
@@ -602,6 +664,7 @@ def open_folder(folder: Path) -> Any:
     if path.exists():  # its post-processor alone decides, as transformers 5 has it
         for key in ("add_bos_token", "add_eos_token"):
             config.pop(key, None)
+        config["tokenizer_class"] = class_of(folder, config)
         tokenizer = from_json(read_json(path), config, stops, path)
     else:
         path = find_model_file(folder)
@@ -610,6 +673,18 @@ def open_folder(folder: Path) -> Any:
         tokenizer = with_use(of_model_file(path, config), config, stops, path)
     vars(tokenizer)["folder"] = folder
     return tokenizer
+
+
+def class_of(folder: Path, config: Json) -> Any:
+    """The class that counts beside a tokenizer.json, as transformers 5 has it; None: the file alone.
+
+    config.json may name it too. For a Mistral no class counts.
+    """
+    path = folder / "config.json"
+    settings = read_json(path) if path.exists() else {}
+    if settings.get("model_type") == "mistral":
+        return None
+    return config.get("tokenizer_class") or settings.get("tokenizer_class")
 
 
 def added_by_older_file(folder: Path, config: Json) -> dict[str, dict[str, Any]]:

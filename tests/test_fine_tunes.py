@@ -314,6 +314,26 @@ def test_added_tokens_of_both_files(vocabularies, tmp_path):
     assert ours.decode([700, 701]) == "<tool>[PAD]"
 
 
+def bos_in_front(text, n):
+    """A post-processor that puts one token in front."""
+    a, b = ({"Sequence": {"id": side, "type_id": 0}} for side in "AB")
+    bos = {"SpecialToken": {"id": text, "type_id": 0}}
+    specials = {text: {"id": text, "ids": [n], "tokens": [text]}}
+    return {
+        "type": "TemplateProcessing", "single": [bos, a], "pair": [bos, a, b], "special_tokens": specials
+    }  # fmt: skip
+
+
+def in_front(text, n=None):
+    """A post-processor that puts a token in front; of no n it does not say what that is."""
+    step = bos_in_front(text, n)
+    return step | ({"special_tokens": {}} if n is None else {})
+
+
+OF_A = {"model": {"vocab": {"a": 0}, "merges": []}}
+OF_UNKNOWN = {"model": {"vocab": {"b": 0}, "merges": [], "unk_token": "c"}}
+
+
 @pytest.mark.parametrize(
     "content, says",
     [
@@ -325,12 +345,24 @@ def test_added_tokens_of_both_files(vocabularies, tmp_path):
         ({"model": {"vocab": {"a": 0}, "merges": [["a", "b"]]}}, "no tokenizer"),
         ({"model": {"vocab": {"\ud800": 0}, "merges": []}}, "no tokenizer"),
         ({"model": {"vocab": {"a": 0}, "merges": []}, "pre_tokenizer": {"type": "X"}}, "no tokenizer"),
+        (OF_A | {"post_processor": in_front("b")}, "puts 'b' into a text, but does not say"),
+        (OF_A | {"post_processor": {"type": "Sequence", "processors": [in_front("b")]}}, "puts 'b'"),
+        (OF_A | {"post_processor": in_front("b", 99999)}, "the id 99999 .* no token's"),
+        (OF_A | {"post_processor": in_front("b", -1)}, "no tokenizer"),
+        (OF_UNKNOWN | {"post_processor": in_front("b", 0)}, "cannot encode 'a'"),
     ],
 )  # fmt: skip
 def test_broken_tokenizers_are_one_line(content, says):
     with pytest.raises(ValueError, match=f"^x: .*{says}") as problem:
         vocabulary.from_json(content, {}, [], "x")
     assert "\n" not in str(problem.value)
+
+
+def test_a_text_that_the_library_cannot_encode_is_one_line():
+    ours = vocabulary.from_json(OF_UNKNOWN, {"chat_template": CHATML}, [], "x")
+    for ask in (lambda: llama.encode(ours, "a"), lambda: chat.template_ids(ours, turns("a"))):
+        with pytest.raises(ValueError, match=r"^x: the tokenizer cannot encode .*Unk token `c`"):
+            ask()
 
 
 def test_tokenizer_model_alone(tmp_path, vocabularies):
@@ -372,16 +404,6 @@ def with_files(source, folder, **contents):
     return folder
 
 
-def bos_in_front(text, n):
-    """A post-processor that puts one token in front."""
-    a, b = ({"Sequence": {"id": side, "type_id": 0}} for side in "AB")
-    bos = {"SpecialToken": {"id": text, "type_id": 0}}
-    specials = {text: {"id": text, "ids": [n], "tokens": [text]}}
-    return {
-        "type": "TemplateProcessing", "single": [bos, a], "pair": [bos, a, b], "special_tokens": specials
-    }  # fmt: skip
-
-
 CLASSES = ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "LlamaTokenizer"]
 
 
@@ -408,8 +430,11 @@ def test_the_post_processor_alone_says_what_stands_in_front(vocabularies, tmp_pa
     assert seen == {True, False}
 
 
-@pytest.mark.parametrize("prefix", [None, False, True], ids=str)
-def test_a_tokenizer_of_the_class_gpt_2(vocabularies, tmp_path, prefix):
+@pytest.mark.parametrize("kind, prefix", [
+    ("GPT2Tokenizer", None), ("GPT2Tokenizer", False), ("GPT2Tokenizer", True),
+    ("GPTNeoXTokenizer", None), ("GPTNeoXTokenizerFast", True), ("Qwen2Tokenizer", None),
+])  # fmt: skip
+def test_a_tokenizer_of_another_models_class(vocabularies, tmp_path, kind, prefix):
     """Of tokenizer.json it keeps vocabulary and merges; the space in front is told by the config."""
     from transformers import AutoTokenizer
 
@@ -420,7 +445,7 @@ def test_a_tokenizer_of_the_class_gpt_2(vocabularies, tmp_path, prefix):
     content |= {"normalizer": {"type": "Lowercase"}}
     content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    config |= {"tokenizer_class": "GPT2Tokenizer"} | (
+    config |= {"tokenizer_class": kind, "add_bos_token": True} | (
         {} if prefix is None else {"add_prefix_space": prefix}
     )
     place = with_files(folder, tmp_path / "x", tokenizer=content, tokenizer_config=config)
@@ -431,6 +456,41 @@ def test_a_tokenizer_of_the_class_gpt_2(vocabularies, tmp_path, prefix):
     assert (llama.encode(ours, "Hi") != llama.encode(ours, " Hi")) == (not prefix)
     theirs.chat_template = CHATML
     check_chat(with_template(ours, CHATML), theirs, CONVERSATIONS[:3])
+
+
+SENTENCEPIECES = {  # normalizer and post-processor: of Llama 2 and Mistral as first converted, and of Yi
+    "in front": [{"type": "Prepend", "prepend": "\u2581"}],
+    "none in front": [],
+}
+
+
+@pytest.mark.parametrize("model, told, kind", [
+    ("mistral", "tokenizer_config", "LlamaTokenizer"), ("mistral", "tokenizer_config", "GPT2Tokenizer"),
+    ("llama", "tokenizer_config", "CodeLlamaTokenizer"), ("llama", "config", "LlamaTokenizerFast"),
+    ("llama", "tokenizer_config", "LlamaTokenizer"), ("llama", "config", None),
+])  # fmt: skip
+@pytest.mark.parametrize("before", SENTENCEPIECES)
+def test_where_a_tokenizers_class_counts(vocabularies, tmp_path, model, told, kind, before):
+    """A class makes the tokenizer anew, but in a Mistral the file alone counts."""
+    from transformers import AutoTokenizer
+
+    folder, _ = vocabularies["llama 2"]
+    content = json.loads((folder / "tokenizer.json").read_text())
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    steps = [*SENTENCEPIECES[before], spaces]
+    content |= {"normalizer": {"type": "Sequence", "normalizers": steps}, "pre_tokenizer": None}
+    if before == "none in front":
+        content["post_processor"] = None
+    files = {"config": {"model_type": model}, "tokenizer_config": {"bos_token": "<s>"}}
+    files["tokenizer_config"] |= {"eos_token": "</s>", "unk_token": "<unk>"}
+    files[told] |= {"tokenizer_class": kind} if kind else {}
+    place = with_files(folder, tmp_path / "x", tokenizer=content, **files)
+    theirs, ours = AutoTokenizer.from_pretrained(place), vocabulary.open_folder(place)
+    for text in [text for text in PLAIN if "<" not in text]:
+        ids = theirs(text).input_ids
+        assert ours.begin + llama.encode(ours, text) + ours.end == ids, ascii(text[:40])
+    theirs.chat_template = CHATML
+    check_chat(with_template(ours, CHATML), theirs, CONVERSATIONS[:2])
 
 
 def test_added_tokens_json(vocabularies, tmp_path):

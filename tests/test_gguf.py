@@ -539,6 +539,20 @@ def test_byte_level_vocabularies(tmp_path, pre):
     assert ours.stops == [2] and ours.begin == [1]
 
 
+def test_rows_that_are_no_tokens_are_to_spare(small):
+    """The converter calls them [PAD300] and unused; the original would never choose one."""
+    path, params, expected = small("F32", tied=True)
+    weights, read, tokenizer = model = llama.load_model(path, quiet=True)
+    count = tokenizer.n_vocab
+    assert count == 264 < params["vocab_size"] and read["n_tokens"] == count
+    ids = [1, 30, 40]
+    logits = llama.forward(torch.tensor([ids]), weights, read)[0, -1]
+    weights["output.weight"] = weights["output.weight"].clone()
+    weights["output.weight"][300] += 9 * weights["output.weight"][int(logits.argmax())]
+    assert int(llama.forward(torch.tensor([ids]), weights, read)[0, -1].argmax()) == 300
+    assert "PAD" not in llama.complete(ids, model, 5)
+
+
 def test_llama_3s_own_vocabulary(tmp_path, real_tokenizer_path):
     """llama-bpe is Llama 3's cut, and its merges are ignored where a whole piece is a token."""
     letters = byte_letters()

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -408,3 +409,22 @@ def test_a_quantized_file_of_another_name_is_refused(saved, tmp_path):
     (out / quantized_files.NAME).rename(out / "mine.safetensors")
     with pytest.raises(ValueError, match=r"mine.safetensors|no checkpoint there"):
         llama.load_model(out, quiet=True)
+
+
+def test_the_class_that_config_json_names_goes_along(tmp_path):
+    """Of a Mistral none counts; else the one of tokenizer_config.json, then that of config.json."""
+    both = {"model_type": "llama", "tokenizer_class": "GPT2Tokenizer"}
+    for n, (config, given, expected) in enumerate((
+        ({"model_type": "mistral"}, {"tokenizer_class": "LlamaTokenizer"}, None),
+        (both, {"tokenizer_class": "LlamaTokenizer"}, "LlamaTokenizer"),
+        (both, {}, "GPT2Tokenizer"),
+    )):  # fmt: skip
+        folder, out = tmp_path / f"{n}", tmp_path / f"out{n}"
+        folder.mkdir(), out.mkdir()
+        (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 2}))
+        (folder / "tokenizer_config.json").write_text(json.dumps(given))
+        (folder / "tokenizer.json").write_text("{}")
+        held = types.SimpleNamespace(source=folder / "tokenizer.json", folder=folder)
+        quantized_files.write_tokenizer(out, held)
+        written = json.loads((out / "tokenizer_config.json").read_text())
+        assert written["tokenizer_class"] == expected
