@@ -290,18 +290,20 @@ def one_row(x: Tensor, w: Tensor) -> Tensor:
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
-    """x (N D) times a quantized matrix (F D): by PyTorch's kernel where it has one.
+    """x (N D) times a quantized matrix (F D): by PyTorch's kernel where it has a fast one.
 
-    Kernels take tensors that are in memory, also where they are compiled in: so their arguments are computed.
+    On a CPU it has, except for several rows in float32 (tools/bench_results.md). Kernels take tensors that are
+    in memory, also where they are compiled in: so their arguments are computed.
     """
-    if w.dtype == torch.uint8:
+    kernel = w.is_cpu and (x.dtype == torch.bfloat16 or len(x) == 1)
+    if kernel and w.dtype == torch.uint8:
         numbers, beside = split(w)
-        kernel = torch._weight_int4pack_mm_for_cpu
-        return kernel(computed(x), numbers, GROUP, computed(beside.to(x.dtype)))
-    if w.dtype == torch.int8 and w.is_cpu:
+        multiply = torch._weight_int4pack_mm_for_cpu
+        return multiply(computed(x), numbers, GROUP, computed(beside.to(x.dtype)))
+    if kernel and w.dtype == torch.int8:
         numbers, scales = split(w)
         return torch._weight_int8pack_mm(computed(x), numbers, computed(scales[:, 0].to(x.dtype)))
-    if len(x) == 1 and torch.compiler.is_compiling():
+    if len(x) == 1 and w.dtype != torch.uint8 and torch.compiler.is_compiling():
         return one_row(x, w).to(x.dtype)
     return plain_product(x, w)
 
