@@ -72,6 +72,11 @@ def pieces(ids: Sequence[int], tokenizer: tiktoken.Encoding) -> str:
     return "\n".join(lines)
 
 
+def in_brackets(parts: Sequence[bytes]) -> str:
+    """Bytes side by side in the same brackets."""
+    return "".join(f"⟦{part.decode()}⟧" for part in parts)
+
+
 def top(logits: Tensor, tokenizer: tiktoken.Encoding, n: int = 10) -> tuple[list[str], list[float]]:
     """The n likeliest tokens and their probabilities."""
     probs, ids = logits.float().softmax(-1).topk(n)
