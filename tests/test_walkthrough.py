@@ -1,6 +1,7 @@
 """walkthrough.md is what its cells print, shows every line of forward, and builds from other weights."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -103,6 +104,20 @@ def test_changes_are_found(short, tmp_path):
     assert run()[0] == 0
     assert not (tmp_path / "walkthrough" / "old.svg").exists()
     check(0)
+
+
+def test_answers_are_folded(short, tmp_path):
+    """What a cell prints stands with the answer behind a click; in the notebook the answer alone."""
+    fold = "<details><summary>Answer</summary>\n\n"
+    document, run = short(f"```python\nprint(6 * 7)\n```\n{fold}It is 42.\n\n</details>\n")
+    for _ in range(2):
+        assert run()[0] == 0
+        built = document.read_text(encoding="utf-8")
+        assert f"\n```\n{fold}```text\n42\n```\nIt is 42.\n\n</details>\n" in built
+    book = json.loads((tmp_path / "walkthrough" / "walkthrough.ipynb").read_text(encoding="utf-8"))
+    assert book["cells"][-1]["source"] == f"{fold}It is 42.\n\n</details>"
+    exercises = TEXT[TEXT.index("\n## 12.") :]
+    assert exercises.count("<details>") == exercises.count("</details>") >= 6
 
 
 def test_the_script_changed_under_the_whole_document(tmp_path, without_smollm):

@@ -10,6 +10,7 @@ The document is its own source. What is made new on each run:
   and a link to an .svg for each picture it drew; the link's words stay as they were written.
 - `<!-- check` … `-->`: a cell that readers do not see. It asserts what the text claims, and leaves nothing
   behind: the next cell does not know its names.
+- a line `<details><summary>…</summary>` right behind a cell: what the cell prints and draws stands inside.
 - behind `<!-- show: rms_norm -->`, or `<!-- show: forward from "# Attention." to "# Where" -->`: that
   function of the script, or its lines from the first with the one text up to the next with the other
   (without "to": to its end), and a link to them; with "chat_message in parts/chat.py", of another file.
@@ -49,7 +50,8 @@ SCRIPT = "llama3_from_scratch.py"
 BLOCK = re.compile(
     r"^<!-- show: (?P<show>.*) -->\n(?:\[.*\n```python \.noeval\n(?:.*\n)*?```\n)?"
     r"|^<!-- check\n(?P<check>(?:.*\n)*?)-->\n"
-    r"|^```python\n(?P<code>(?:.*\n)*?)```\n(?:```text\n(?:.*\n)*?```\n)?"
+    r"|^```python\n(?P<code>(?:.*\n)*?)```\n(?P<fold><details><summary>.*</summary>\n\n)?"
+    r"(?:```text\n(?:.*\n)*?```\n)?"
     r"(?P<links>(?:!\[.*\]\(\S*\.svg\)\n)*)",
     re.M,
 )
@@ -143,7 +145,7 @@ def build(
             made.append(block[0])
             continue
         printed, figures = run_cell(block["code"], line + 1, namespace, name)
-        made.append(f"```python\n{block['code']}```\n")
+        made.append(f"```python\n{block['code']}```\n{block['fold'] or ''}")
         if printed:
             made.append(f"```text\n{printed}\n```\n")
         said = {
@@ -200,7 +202,7 @@ def notebook(text: str, target: Path, folder: str) -> str:
         )
         add("markdown", part)
 
-    at = 0
+    at, fold = 0, ""
     add(
         "markdown",
         "The next cell is for the notebook alone. Then run from top to bottom, and change what you like.",
@@ -209,11 +211,11 @@ def notebook(text: str, target: Path, folder: str) -> str:
     for block in BLOCK.finditer(text):
         if block["show"]:
             continue
-        prose(text[at : block.start()])
-        at = block.end()
+        prose(fold + text[at : block.start()])
+        at, fold = block.end(), block["fold"] or ""  # what it prints is not folded, the answer is
         if block["code"]:
             add("code", block["code"])
-    prose(text[at:])
+    prose(fold + text[at:])
     kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     book = {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
     return json.dumps(book, ensure_ascii=False, indent=1) + "\n"

@@ -8,8 +8,9 @@ Why not matplotlib: it knows one theme a file, and cannot draw the map.
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
+from itertools import groupby
 
 from parts.table import COLOURS
 
@@ -170,6 +171,20 @@ def squares(
             f"M{n(x + column * w)} {n(y + row * h)}h{n(w)}v{n(h)}h{n(-w)}z"
         )
     return [f'<path class="f-{fill}" d="{"".join(ds)}"/>' for fill, ds in paths.items()]
+
+
+def tiny_squares(x: float, y: float, fills: Sequence[Sequence[str]], size: float) -> str:
+    """A small grid, row by row: neighbours of one colour are one stroke."""
+    strokes: dict[str, list[str]] = {}
+    for row, line in enumerate(fills):
+        column = 0
+        for fill, run in groupby(line):
+            count = len([*run])
+            strokes.setdefault(fill, []).append(f"M{column} {row}h{count}")
+            column += count
+    paths = [f'<path class="s-{fill}" d="{"".join(ds)}"/>' for fill, ds in strokes.items()]
+    place = f"translate({n(x)} {n(y + size / 2)}) scale({size:g})"
+    return f'<g transform="{place}" shape-rendering="crispEdges">{"".join(paths)}</g>'
 
 
 def level(share: float) -> str:

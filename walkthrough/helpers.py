@@ -72,6 +72,11 @@ def pieces(ids: Sequence[int], tokenizer: tiktoken.Encoding) -> str:
     return "\n".join(lines)
 
 
+def in_brackets(parts: Sequence[bytes]) -> str:
+    """Bytes side by side in the same brackets."""
+    return "".join(f"⟦{part.decode()}⟧" for part in parts)
+
+
 def top(logits: Tensor, tokenizer: tiktoken.Encoding, n: int = 10) -> tuple[list[str], list[float]]:
     """The n likeliest tokens and their probabilities."""
     probs, ids = logits.float().softmax(-1).topk(n)
@@ -111,9 +116,10 @@ def shape(name: str, dims: str, tensor: Tensor, params: llama.Params) -> None:
     print(f"{name:<9}{dims.replace(' ', ' × '):<15}here {here:<17}in 8B {in_8b}")
 
 
-def first(vector: Tensor, n: int = 8, digits: int = 2) -> str:
-    """The first numbers of a vector, in a line."""
-    shown = "  ".join(f"{x + 0.0:{digits + 4}.{digits}f}" for x in vector[:n].tolist())
+def first(vector: Tensor, n: int = 8, digits: int = 2, wide: int = 0) -> str:
+    """The first numbers of a vector, in a line. wide: the least room of each."""
+    wide = wide or digits + 4
+    shown = "  ".join(f"{x + 0.0:{wide}.{digits}f}" for x in vector[:n].tolist())
     return shown + "  …" * (len(vector) > n)
 
 

@@ -9,10 +9,12 @@ from torch import Tensor
 
 import llama3_from_scratch as llama
 from walkthrough import drawing
-from walkthrough.drawing import frame, letters, page, path, rect, text
+from walkthrough.drawing import frame, letters, page, path, rect, text, tiny_squares
+from walkthrough.pictures import score_fills, share_fills
 
 WIDE, BOX, GAP, STRIP = 830.0, 40.0, 25.0, 26.0
-TRUNK_WIDE, LANE, PAD = 138.0, 50.0, 8.0
+TRUNK_WIDE, LANE, PAD = 156.0, 50.0, 8.0
+FEW, SQUARE = 8, 3.5  # how many tokens and numbers of a tensor are drawn in its box, how large
 TRUNK = -1.0  # the residual stream's own column, left of the three others
 # Row, first and last column (in thirds of the room beside the trunk), as in places.js.
 PLACES = {
@@ -82,6 +84,19 @@ def steps_of(
 
     llama.forward(tokens, weights, params, probe=probe)
     return found
+
+
+def glimpse(part: str, tensor: Tensor) -> list[list[str]]:
+    """The colours of a tensor's first numbers (across) for the first tokens (down), in head 0."""
+    values = tensor[0]
+    if values.dim() == 3:
+        values = values[0]
+    if values.dim() < 2:
+        return []
+    values = values[:FEW, :FEW].float()
+    fills = share_fills(values, 0.5) if part.endswith("probs") else score_fills(values)
+    rows, columns = values.shape
+    return [[fills.get((r, c), "h0") for c in range(columns)] for r in range(rows)]
 
 
 def arrow(x: float, y: float, way: str) -> str:
@@ -176,13 +191,19 @@ def the_map(name: str, weights: llama.Weights, params: llama.Params, tokens: Ten
         for letter, size in zip(dims.split(), tensor.shape):
             pieces += [(letter, letter), (f" {size}  ", "faint")]
         pieces[-1] = (pieces[-1][0].rstrip(), "faint")
-        name_size = min(13.0, (box.w - 8) / len(shown) / 0.56)
+        squares = glimpse(part, tensor)
+        room = box.w - (FEW * SQUARE + 6) * bool(squares)
+        name_size = min(13.0, (room - 8) / len(shown) / 0.64)
         body += [
             rect(box.x, box.y, box.w, BOX, "paper", 7),
             frame(box.x, box.y, box.w, BOX, "faint", rx=7),
-            text(box.x + box.w / 2, box.y + 16, shown, "ink", name_size, "middle", bold=True),
-            letters(box.x + box.w / 2, box.y + 32, pieces, 11),
+            text(box.x + room / 2, box.y + 16, shown, "ink", name_size, "middle", bold=True),
+            letters(box.x + room / 2, box.y + 32, pieces, 11),
         ]
+        if squares:
+            w, h = (SQUARE * len(squares[0]), SQUARE * len(squares))
+            x, y = box.x + box.w - w - 6, box.y + (BOX - h) / 2
+            body += [tiny_squares(x, y, squares, SQUARE), frame(x, y, w, h)]
     for a, b, words in LINES:
         if not words:
             continue

@@ -106,12 +106,12 @@ def grid_of(
     body.append(frame(x, y, size * columns, size * rows))
 
 
-def share_fills(shares: Tensor) -> dict[tuple[int, int], str]:
+def share_fills(shares: Tensor, power: float = 1) -> dict[tuple[int, int], str]:
     return {
-        (r, c): level(share)
+        (r, c): level(share**power)
         for r, row in enumerate(shares.tolist())
         for c, share in enumerate(row)
-        if level(share) != "h0"
+        if level(share**power) != "h0"
     }
 
 
@@ -161,7 +161,7 @@ def three_steps(
     panels = (
         ("1. scores", "red is high, blue is low", before, score_fills(before)),
         ("2. with the mask", "grey is minus infinity", masked, score_fills(masked)),
-        ("3. after softmax", "shares: each row adds up to 1", probs, share_fills(probs)),
+        ("3. after softmax", "shares: each row adds up to 1", probs, share_fills(probs, 0.5)),
     )
     low = 52 + size * len(words)
     for place, (title, said, values, fills) in enumerate(panels):
