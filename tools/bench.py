@@ -3,6 +3,7 @@
     python tools/random_checkpoint.py 1b /tmp/1b
     python tools/bench.py /tmp/1b                                      the script alone
     python tools/bench.py /tmp/1b --peers transformers llama.cpp         beside others that are installed
+    python tools/bench.py /tmp/1b --peers int8 llama.cpp-q8_0 int4 llama.cpp-q4_0 --quick     8 and 4 bits
     python tools/bench.py /tmp/1b --long                               prompts of 8k and 32k tokens too
     python tools/bench.py --device cuda                                  a GPU, in ten minutes
 
@@ -50,8 +51,8 @@ from parts.programs import end_at_once, flags_of, run_program
 # and gives the likeliest next token, step(token) adds one token and does the same. Tokens are plain ints.
 
 
-def ours(folder, device, compiled=False):
-    weights, params, _ = llama.load_model(folder, device)
+def ours(folder, device, compiled=False, quantize=None):
+    weights, params, _ = llama.load_model(folder, device, quantize=quantize)
     step = one_token_step
     if compiled:
         from parts.compiled import (
@@ -82,6 +83,14 @@ def ours(folder, device, compiled=False):
 
 def ours_compiled(folder, device):
     return ours(folder, device, compiled=True)
+
+
+def ours_in_8_bits(folder, device):
+    return ours(folder, device, compiled=True, quantize="int8")
+
+
+def ours_in_4_bits(folder, device):
+    return ours(folder, device, compiled=True, quantize="int4")
 
 
 def in_dialect(weights, params, dialect):
@@ -198,9 +207,12 @@ def llms_from_scratch(folder, device):
     return torch.no_grad()(prefill), torch.no_grad()(lambda token: read([token]))
 
 
-def gguf_file(folder):
-    """The checkpoint as a bfloat16 GGUF file for llama.cpp, made once beside the original."""
-    target = Path(str(folder).rstrip("/") + "-bf16.gguf")
+def gguf_file(folder, kind="BF16"):
+    """The checkpoint as a GGUF file for llama.cpp, made once beside the original.
+
+    kind: of its matrices, BF16, Q8_0 or Q4_0; beside Q4_0 embedding and head are Q8_0, as ours have 8 bits.
+    """
+    target = Path(str(folder).rstrip("/") + f"-{kind.lower()}.gguf")
     if target.exists():
         return target
     import gguf
@@ -232,8 +244,11 @@ def gguf_file(folder):
         theirs = (
             f"blk.{layer}.{parts[part]}" if part in parts else names[name.removesuffix(".weight")]
         )
-        kind = gguf.GGMLQuantizationType.BF16 if w.dim() > 1 else gguf.GGMLQuantizationType.F32
-        out.add_tensor(f"{theirs}.weight", gguf.quantize(w.float().numpy(), kind), raw_dtype=kind)
+        into = kind if w.dim() > 1 else "F32"
+        if into == "Q4_0" and name in ("tok_embeddings.weight", "output.weight"):
+            into = "Q8_0"
+        raw = gguf.GGMLQuantizationType[into]
+        out.add_tensor(f"{theirs}.weight", gguf.quantize(w.float().numpy(), raw), raw_dtype=raw)
     if params["use_scaled_rope"]:  # what each pair's frequency is divided by
         one = torch.ones(1, 1)
         plain, scaled = (
@@ -247,13 +262,15 @@ def gguf_file(folder):
     return target.with_suffix(".part").rename(target)
 
 
-def llama_cpp(folder, device):
+def llama_cpp(folder, device, kind="BF16"):
     import llama_cpp
     import numpy
 
     threads = torch.get_num_threads()
-    model = llama_cpp.Llama(str(gguf_file(folder)), n_ctx=1024, n_threads=threads, n_threads_batch=threads,
-                            n_gpu_layers=-1 if device == "cuda" else 0, verbose=False)  # fmt: skip
+    model = llama_cpp.Llama(
+        str(gguf_file(folder, kind)), n_ctx=1024, n_threads=threads, n_threads_batch=threads,
+        n_gpu_layers=-1 if device == "cuda" else 0, verbose=False,
+    )  # fmt: skip
 
     def read(ids):
         model.eval(ids)
@@ -265,6 +282,14 @@ def llama_cpp(folder, device):
         return read(ids)
 
     return prefill, lambda token: read([token])
+
+
+def llama_cpp_q8_0(folder, device):
+    return llama_cpp(folder, device, "Q8_0")
+
+
+def llama_cpp_q4_0(folder, device):
+    return llama_cpp(folder, device, "Q4_0")
 
 
 def gpt_fast_model(weights, params, positions):
@@ -321,10 +346,12 @@ def gpt_fast(folder, device):
 CONTENDERS = {
     "eager": ours, "compiled": ours_compiled, "transformers": transformers,
     "transformers-static": transformers_static, "llms-from-scratch": llms_from_scratch,
-    "llama.cpp": llama_cpp, "gpt-fast": gpt_fast,
+    "llama.cpp": llama_cpp, "gpt-fast": gpt_fast, "int8": ours_in_8_bits, "int4": ours_in_4_bits,
+    "llama.cpp-q8_0": llama_cpp_q8_0, "llama.cpp-q4_0": llama_cpp_q4_0,
 }  # fmt: skip
 PACKAGES = {"transformers": "transformers", "transformers-static": "transformers",
-            "llms-from-scratch": "llms-from-scratch", "llama.cpp": "llama-cpp-python"}  # fmt: skip
+            "llms-from-scratch": "llms-from-scratch", "llama.cpp": "llama-cpp-python",
+            "llama.cpp-q8_0": "llama-cpp-python", "llama.cpp-q4_0": "llama-cpp-python"}  # fmt: skip
 
 
 def prompt(length):
