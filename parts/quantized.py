@@ -292,8 +292,8 @@ def one_row(x: Tensor, w: Tensor) -> Tensor:
 def product(x: Tensor, w: Tensor) -> Tensor:
     """x (N D) times a quantized matrix (F D): by PyTorch's kernel where it has a fast one.
 
-    On a CPU it has, except for several rows in float32 (tools/bench_results.md). Kernels take tensors that are
-    in memory, also where they are compiled in: so their arguments are computed.
+    On a CPU it has, except for several rows in float32 (tools/bench_results.md). Kernels take tensors that
+    are in memory, also where they are compiled in: so their arguments are computed.
     """
     kernel = w.is_cpu and (x.dtype == torch.bfloat16 or len(x) == 1)
     if kernel and w.dtype == torch.uint8:
