@@ -219,9 +219,7 @@ def quantized(w: Tensor, kind: str, in_order: bool = False) -> Tensor:
     """
     F, D = w.shape
     one = empty(kind, (F, D), w.device, has_kernel(w) and not in_order)
-    step = max(64, SLAB // D // 64 * 64)
-    for a in range(0, F, step):
-        some = slice(a, a + step)
+    for some in slabs(F, D):
         if kind == "int4":
             put4(one, some, *quantize4(w[some]))
             continue
@@ -230,21 +228,33 @@ def quantized(w: Tensor, kind: str, in_order: bool = False) -> Tensor:
     return one
 
 
-def unpacked(w: Tensor) -> tuple[Tensor, ...]:
-    """Numbers (F D) and scales, of 4 bits zeros too, as quantize8 and quantize4 give them."""
+def unpacked(w: Tensor, some: slice = slice(None)) -> tuple[Tensor, ...]:
+    """Numbers (F D) and scales, of 4 bits zeros too, as quantize8 and quantize4 give them.
+
+    some: only these rows; in the kernel's order from a multiple of 64 on.
+    """
     numbers, *beside = split(w)
+    numbers = numbers[some]
     if w.dtype == torch.uint8:
-        return from_kernel(numbers), *beside[0].permute(2, 1, 0)
+        numbers, beside = from_kernel(numbers), [*beside[0].permute(2, 1, 0)]
     if w.dtype == torch.int32:
         numbers = from_pairs(from_words(numbers))
-    return numbers, *beside
+    return numbers, *(x[some] for x in beside)
 
 
-def dequantized(w: Tensor) -> Tensor:
-    """A matrix of the dict in float32 (F D), quantized or not."""
+def dequantized(w: Tensor, some: slice = slice(None)) -> Tensor:
+    """A matrix of the dict in float32 (F D), quantized or not; some: only these rows, as of unpacked."""
+    w = w.flatten(0, -2)
     if not is_quantized(w):
-        return w.float()
-    return dequantize8(*unpacked(w)) if w.dtype == torch.int8 else dequantize4(*unpacked(w))
+        return w[some].float()
+    parts = unpacked(w, some)
+    return dequantize8(*parts) if w.dtype == torch.int8 else dequantize4(*parts)
+
+
+def slabs(F: int, D: int) -> list[slice]:
+    """The rows of a matrix in parts that hold about as many numbers each."""
+    step = max(64, SLAB // D // 64 * 64)
+    return [slice(a, a + step) for a in range(0, F, step)]
 
 
 def rows(w: Tensor, ids: Tensor) -> Tensor:
@@ -259,8 +269,13 @@ def rows(w: Tensor, ids: Tensor) -> Tensor:
 
 
 def plain_product(x: Tensor, w: Tensor) -> Tensor:
-    """x (N D) times a quantized matrix (F D): the formula, which all others are held to."""
-    return x @ dequantized(w).to(x.dtype).T
+    """x (N D) times a quantized matrix (F D): the formula, which all others are held to.
+
+    Some rows at a time, so that the whole matrix never stands in memory; where it is compiled, at once.
+    """
+    rows = w.flatten(0, -2).shape[0]
+    parts = [slice(None)] if torch.compiler.is_compiling() else slabs(rows, x.shape[-1])
+    return torch.cat([x @ dequantized(w, some).to(x.dtype).T for some in parts], -1)
 
 
 def one_row(x: Tensor, w: Tensor) -> Tensor:
