@@ -5,8 +5,7 @@
 # ///
 """Llama 3, one matrix multiplication at a time.
 
-One flat file that takes Meta's checkpoint (a dict of tensors and params.json) from a prompt to
-text. Read it top to bottom; the heart is `forward`. What you read is what runs and is tested.
+One flat file from Meta's checkpoint (tensors and params.json) to a text. The heart is `forward`.
 
     python llama3_from_scratch.py "Once upon a time"             a story, and every tensor's shape
     python llama3_from_scratch.py --chat "What do llamas eat?"   a question
@@ -347,7 +346,8 @@ def forward(
     asked = "B T" if last is None else "B 1"
     x = x if last is None else x[torch.arange(B, device=x.device), last][:, None]
     h = probe("norm", f"{asked} D", rms_norm(x, weights["norm.weight"], params["norm_eps"]))
-    return probe("logits", f"{asked} V", project(h, weights["output.weight"]).float())
+    logits = probe("logits", f"{asked} V", project(h, weights["output.weight"]).float())
+    return logits
 
 
 # ----------------------------------------------------------------------------- sample and generate
