@@ -679,7 +679,7 @@ def quantization_seen(own_errors, allowed, in_16_bits, read, tokens, model):
         steps, _ = noise(())
         least = rounding if in_16_bits else allowed
         touched = [name for name in own if steps[name] > least[name]]
-        if not touched:
+        if len(touched) < 3:  # of so few, rounding to 16 bits looks the same
             continue
         shares = sorted(own[name] / steps[name] for name in touched)
         middle = shares[len(shares) // 2]
