@@ -85,6 +85,12 @@ def real_tokenizer_path():
     return Path(llama_models.llama3.__file__).parent / "tokenizer.model"
 
 
+@pytest.fixture(autouse=True)
+def forward_as_it_was(monkeypatch):
+    """What a quantized model puts in forward's place is gone after each test."""
+    monkeypatch.setattr(llama, "forward", llama.forward)
+
+
 @pytest.fixture
 def script(monkeypatch):
     """script(*arguments, input=…, env=…) -> CompletedProcess of the command line, run in this process."""

@@ -11,12 +11,6 @@ import llama3_from_scratch as llama
 from tools import perplexity
 
 
-@pytest.fixture(autouse=True)
-def forward_as_it_was(monkeypatch):
-    """What a quantized model puts in forward's place is gone after each test."""
-    monkeypatch.setattr(llama, "forward", llama.forward)
-
-
 def with_tokenizer(weights, params):
     """A model with a tokenizer that has as many tokens."""
     tokenizer = llama.load_tokenizer(llama.TINY / "tokenizer.model")

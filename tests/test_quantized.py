@@ -21,12 +21,6 @@ def normal(F, D, seed=0):
     return torch.randn(F, D, generator=torch.Generator().manual_seed(seed)) * 0.02
 
 
-@pytest.fixture(autouse=True)
-def forward_as_it_was(monkeypatch):
-    """What a quantized model puts in forward's place is gone after each test."""
-    monkeypatch.setattr(llama, "forward", llama.forward)
-
-
 def dequantized(weights, model, kind):
     """Weights in bfloat16 that hold what a model in 8 or 4 bits holds; from another form of the formula."""
     plain = {}

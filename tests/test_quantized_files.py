@@ -24,11 +24,6 @@ from tools import quantize
 WQ = "layers.0.attention.wq.weight"
 
 
-@pytest.fixture(autouse=True)
-def forward_as_it_was(monkeypatch):
-    monkeypatch.setattr(llama, "forward", llama.forward)
-
-
 @pytest.fixture
 def saved(checkpoint, tmp_path):
     """saved(kind, **options of checkpoint) -> the checkpoint, and a folder made of it."""

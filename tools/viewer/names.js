@@ -66,7 +66,7 @@ const TABLE = {
   "out_head": "logits",
   "out_head.input": "norm"
 };
-const WRAPPERS = ["_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod", "module"];
+const WRAPPERS = ["_checkpoint_wrapped_module", "_forward_module", "_fsdp_wrapped_module", "_orig_mod", "module"];
 
 function patternOf(name) {  // without what frameworks put around it, {} for its layer; and the layer
   let parts = name.split(".").filter(part => !WRAPPERS.includes(part));
