@@ -24,7 +24,7 @@ from parts.rewritings import computed
 
 KINDS = ("int8", "int4")
 GROUP = 32  # numbers of a row that share a scale and a zero in 4 bits
-SLAB = 2**22  # numbers quantized at once: the float32 they take is given back before the next
+SLAB = 2**20  # numbers taken at once: the float32 they need is given back before the next
 
 
 # ------------------------------------------------------------------------------------ the formula
