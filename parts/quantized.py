@@ -273,8 +273,8 @@ def plain_product(x: Tensor, w: Tensor) -> Tensor:
 
     Some rows at a time, so that the whole matrix never stands in memory; where it is compiled, at once.
     """
-    rows = w.flatten(0, -2).shape[0]
-    parts = [slice(None)] if torch.compiler.is_compiling() else slabs(rows, x.shape[-1])
+    F, D = w.flatten(0, -2).shape[0], x.shape[-1]
+    parts = [slice(None)] if torch.compiler.is_compiling() else slabs(F, D)
     return torch.cat([x @ dequantized(w, some).to(x.dtype).T for some in parts], -1)
 
 
