@@ -445,7 +445,7 @@ def generate(
     logits (B 1 V): of prefill. positions (B): each row's first free one. step: stands for forward.
     """
     if step is None and PARTS:
-        from parts.eager import one_token_step as step
+        from parts.eager import forward as step
     step = step or forward
     last = torch.zeros_like(positions)  # a step reads one token of each row: number 0
     for S in range(int(positions.max()) + 1, params["max_seq_len"] + 1):

@@ -537,7 +537,7 @@ def run(args: argparse.Namespace) -> None:
                 raise not_finite(weights)
             yield tokens
 
-    step: llama.Forward = eager.one_token_step
+    step: llama.Forward = eager.forward
     prefill: Callable[..., Tensor] = progress.prefill
     ready: Ready = as_it_is
     if args.compile:

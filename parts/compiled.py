@@ -24,8 +24,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 import llama3_from_scratch as llama
-from parts import processes, rewritings
-from parts.eager import one_token_step
+from parts import eager, processes, rewritings
 from parts.progress import progress
 
 FAR = 4096  # positions from which on attention takes another form
@@ -56,11 +55,16 @@ def rewritten(
 
 
 def compiled_forward(
-    device: str, many: bool = False, far: bool = False, prompt: bool = False
+    device: str,
+    many: bool = False,
+    far: bool = False,
+    prompt: bool = False,
+    in_8_bits: bool = False,
 ) -> Any:
     """`forward` for one use: one token of one row, or of many, far into a text or not, or a prompt.
 
     It is compiled when it is first called, for any number of positions, of rows if many, of tokens if prompt.
+    in_8_bits: for weights of parts/quantized.py in 8 bits.
     """
     pieces = functools.partial(
         rewritings.with_attention, attention=rewritings.one_query_in_pieces, more=(PIECE,)
@@ -78,6 +82,10 @@ def compiled_forward(
             # loop is computed before it, not again for each row of the weights.
             options |= {"cpp_wrapper": processes()[1] == 1, "realize_reads_threshold": 0}
             rewrites = [rewritings.with_loops]
+        if in_8_bits and sys.platform == "linux" and hasattr(torch._inductor.config.cpp, "march"):
+            # Loops over numbers of 16 bits Inductor leaves to the compiler, and forbids GCC to use more than
+            # one number at a time. It has no option for flags; this is the last of its flags.
+            options |= {"cpp.march": "native -ftree-loop-vectorize"}
     else:
         # Inductor measures how to cut a sum among threads, puts kernels that need nothing of each other into
         # one, and (from Hopper on) lets each start while the one before it ends.
@@ -151,7 +159,8 @@ def compiled_step() -> llama.Forward:
         given = tokens, weights, params, cache, positions, last
         known = (many, far) in codes
         if not known:
-            codes[many, far] = compiled_forward(tokens.device.type, many, far)
+            in_8_bits = any(w.dtype == torch.int8 for w in weights.values())
+            codes[many, far] = compiled_forward(tokens.device.type, many, far, in_8_bits=in_8_bits)
         code = codes[many, far]
         run = functools.partial(code, *given)
         if tokens.is_cuda:
@@ -283,7 +292,7 @@ def prepare(
     with torch.no_grad():
         seconds = sum(timed(step, llama.make_cache(weights, params, B, S)) for S in sizes)
         cache = llama.make_cache(weights, params, B, sizes[0])
-        plain = min(timed(one_token_step, cache) for _ in range(2))
+        plain = min(timed(eager.forward, cache) for _ in range(2))
         if T > 1:
             started = time.perf_counter()
             cache = llama.make_cache(weights, params, B)

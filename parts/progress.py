@@ -141,7 +141,7 @@ def prefill(
             with set_aside():  # it stops in the debugger
                 return functools.partial(watched, probe=ticking(chunk, inner))(chunk, *how)
         if read is None or inner is not None:
-            return functools.partial(llama.forward, probe=ticking(chunk, inner))(chunk, *how)
+            return functools.partial(eager.forward, probe=ticking(chunk, inner))(chunk, *how)
         logits = read(chunk, *how)  # compiled: it takes no probe
         advance(chunk.numel())
         return logits

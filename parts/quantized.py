@@ -1,15 +1,14 @@
 """Weights in 8 or 4 bits, for --quantize: how numbers become small ones with a scale, and their products.
 
-int8: each row of a matrix (F D) has a scale, its largest number / 127; w is about numbers * scale.
-int4: each 32 numbers along a row have a scale and a zero: w is about numbers * scale + zero, numbers from -8
-to 7. The embedding and the head keep 8 bits in both (a model may have one table for the two), the norms are
-not quantized, nor is what flows through the model: this saves memory, and the time to read it.
+Each 32 numbers along a row of a matrix (F D) share a scale. int8: w is about number * scale, numbers from
+-127 to 127. int4: they share a zero too; w is about number * scale + zero, numbers from -8 to 7. The embedding
+and the head keep 8 bits in both (a model may have one table for the two), the norms are not quantized, nor is
+what flows through the model: this saves memory, and the time to read it.
 
 A quantized matrix stays one tensor of F rows in the dict of weights: of all its bytes the first are the
-numbers, then come scales (and zeros) in bfloat16. So `forward` takes it as it takes any matrix, cut into
-heads or not, and passes it to `project`; only what it looks up in the embedding are then bytes, which
-`for_quantized` replaces through the probe. PyTorch's own kernels multiply where there is one; tests hold them
-to the formula.
+numbers, then come scales (and zeros). So `forward` takes it as it takes any matrix, cut into heads or not,
+and passes it to `project`; only what it looks up in the embedding are then bytes, which `for_quantized`
+replaces through the probe. Each form of the product is held to the formula by a test.
 """
 
 import functools
@@ -20,28 +19,38 @@ import torch
 from torch import Tensor
 
 import llama3_from_scratch as llama
+from parts import eager
 from parts.rewritings import computed
 
 KINDS = ("int8", "int4")
-GROUP = 32  # numbers of a row that share a scale and a zero in 4 bits
+GROUP = 32  # numbers of a row that share a scale
+SMALLEST = 2.0**-24  # of float16, so that no group is divided by 0
 SLAB = 2**20  # numbers taken at once: the float32 they need is given back before the next
+
+
+ORDERS = {  # of a CPU's kernel in 4 bits: rows of a block, and which two of these a byte holds
+    "64 halves": (64, "halves"),  # j and j + 32: AVX-512
+    "32 halves": (32, "halves"),  # j and j + 16: AVX2
+    "32 pairs": (32, "pairs"),  # 2 j and 2 j + 1: a CPU without either
+    "16 pairs": (16, "pairs"),
+}
 
 
 # ------------------------------------------------------------------------------------ the formula
 
 
 def quantize8(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Numbers from -127 to 127 (F D) and scales (F 1) of a matrix (F D): w is about numbers * scales."""
-    w = w.float()
-    scales = w.abs().amax(-1, keepdim=True) / 127
-    scales = scales.clamp(min=1e-30).bfloat16()  # a row of zeros has one too
-    numbers = (w / scales.float()).round().clamp(-127, 127)  # by the scale that is kept
-    return numbers.to(torch.int8), scales
+    """Numbers from -127 to 127 (F D), scales (F D/32) of a matrix (F D): w is about number * scale."""
+    w = w.float().unflatten(-1, (-1, GROUP))
+    scales = (w.abs().amax(-1, keepdim=True) / 127).half()
+    numbers = (w / scales.float().clamp(min=SMALLEST)).round()  # by the scale that is kept
+    return numbers.clamp(-127, 127).to(torch.int8).flatten(-2), scales[..., 0]
 
 
 def dequantize8(numbers: Tensor, scales: Tensor) -> Tensor:
     """The matrix again, in float32."""
-    return numbers.float() * scales.float()
+    groups = numbers.unflatten(-1, (-1, GROUP)).float()
+    return (groups * scales.float()[..., None]).flatten(-2)
 
 
 def quantize4(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +89,7 @@ def dequantize4(numbers: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------ as one tensor
 
 FORMS = {  # what a tensor of the dict is, by its dtype
-    torch.int8: "8 bits, a scale in bfloat16 for each row",
+    torch.int8: "8 bits, a scale in float16 for each 32",
     torch.uint8: "4 bits in the order of PyTorch's kernel, scale and zero in bfloat16 for each 32",
     torch.int32: "4 bits in words, scale and zero in bfloat16 for each 32",
 }
@@ -98,39 +107,38 @@ def is_quantized(w: Tensor) -> bool:
 
 
 def kind_of(kind: str, name: str, shape: tuple[int, ...]) -> str:
-    """What a tensor of the model becomes: int8, int4, or nothing. 4 bits take rows of whole groups."""
-    if len(shape) < 2:
+    """What a tensor of the model becomes: int8, int4, or nothing, as norms and rows of no whole groups."""
+    if len(shape) < 2 or shape[1] % GROUP:
         return ""
-    whole = shape[1] % GROUP == 0
-    table = name in ("tok_embeddings.weight", "output.weight")
-    return "int4" if kind == "int4" and whole and not table else "int8"
+    return "int8" if name in ("tok_embeddings.weight", "output.weight") else kind
 
 
 def bytes_of(kind: str, shape: tuple[int, ...]) -> int:
     """How many bytes a matrix takes."""
     F, D = shape
-    return F * D + 2 * F if kind == "int8" else F * D // 2 + 4 * F * D // GROUP
+    return F * D + 2 * F * D // GROUP if kind == "int8" else F * D // 2 + 4 * F * D // GROUP
 
 
 def width_of(w: Tensor) -> int:
     """How many numbers a row has, D."""
     if w.dtype == torch.int8:
-        return w.shape[-1] - 2
+        return w.shape[-1] * GROUP // (GROUP + 2)
     return w.shape[-1] * w.dtype.itemsize * 8 // 5
 
 
 def split(w: Tensor) -> tuple[Tensor, ...]:
     """The bytes of numbers (F D), two of 4 bits in one (F D/2), then scales, and zeros if there are any.
 
-    Scales and zeros: (F 1) or (F D/32); in the kernel's order both are one (D/32 F 2).
+    Scales and zeros: (F D/32); in the kernel's order both are one (D/32 F 2).
     """
     F, D = w.flatten(0, -2).shape[0], width_of(w)
     flat, count = w.flatten(), F * D
     if w.dtype != torch.int8:
         flat, count = flat.view(torch.uint8), F * D // 2
-    numbers, beside = flat[:count].view(F, -1), flat[count:].view(torch.bfloat16)
+    numbers, beside = flat[:count].view(F, -1), flat[count:]
     if w.dtype == torch.int8:
-        return numbers, beside.view(F, 1)
+        return numbers, beside.view(torch.float16).view(F, -1)
+    beside = beside.view(torch.bfloat16)
     if w.dtype == torch.uint8:
         return numbers, beside.view(-1, F, 2)
     scales, zeros = beside.view(2, F, -1)
@@ -169,29 +177,65 @@ def for_kernel(numbers: Tensor) -> Tensor:
     return torch._convert_weight_to_int4pack_for_cpu(numbers.int() + 8, 1)
 
 
-@functools.lru_cache(4)
-def places_in_kernel(F: int, D: int) -> Tensor:
-    """Where in that order, read as pairs, is each number (F D)? Places are packed, a digit at a time."""
-    at = torch.arange(F * D).view(F, D)
-    found = torch.zeros(F * D, dtype=torch.long)
-    for digit in range(-(-(F * D).bit_length() // 4)):
-        shown = (at >> 4 * digit & 15) - 8
-        found += from_pairs(for_kernel(shown)).flatten().long() + 8 << 4 * digit
-    return found.argsort().view(F, D)
+def in_blocks(numbers: Tensor, rows: int, which: str) -> Tensor:
+    """Numbers from 0 to 15 (F D), two in a byte: blocks of so many rows, in a block column after column.
+
+    Of the rows at the end that fill no block, a byte holds two that stand side by side.
+    """
+    F, D = numbers.shape
+    whole = F // rows * rows
+    blocks = numbers[:whole].view(-1, rows, D)
+    low, high = blocks[:, : rows // 2], blocks[:, rows // 2 :]
+    if which == "pairs":
+        low, high = blocks[:, 0::2], blocks[:, 1::2]
+    rest = numbers[whole:]
+    ends = rest[0::2] + 16 * rest[1::2]
+    return torch.cat([(low + 16 * high).transpose(1, 2).flatten(), ends.T.flatten()])
+
+
+def out_of_blocks(halves: Tensor, F: int, D: int, rows: int, which: str) -> Tensor:
+    """The numbers (F D) again, from what in_blocks has made of them."""
+    numbers = torch.empty(F, D, dtype=torch.uint8, device=halves.device)
+    whole = F // rows * rows
+    blocks, ends = halves.split((whole * D // 2, (F - whole) * D // 2))
+    blocks = blocks.view(-1, D, rows // 2).transpose(1, 2)
+    into = numbers[:whole].view(-1, rows, D)
+    low, high = into[:, : rows // 2], into[:, rows // 2 :]
+    if which == "pairs":
+        low, high = into[:, 0::2], into[:, 1::2]
+    low.copy_(blocks & 15)
+    high.copy_(blocks >> 4)
+    if whole < F:
+        ends = ends.view(D, -1).T
+        numbers[whole::2] = ends & 15
+        numbers[whole + 1 :: 2] = ends >> 4
+    return numbers
+
+
+@functools.cache
+def order_here() -> str:
+    """The order that PyTorch's product wants on this CPU, by a look at what it makes of some numbers.
+
+    "words": it is none of those that are known here.
+    """
+    numbers = torch.randint(0, 16, (176, 32), generator=torch.Generator().manual_seed(0))
+    found = torch._convert_weight_to_int4pack_for_cpu(numbers.int(), 1).flatten()
+    for order, how in ORDERS.items():
+        if torch.equal(in_blocks(numbers.to(torch.uint8), *how), found):
+            return order
+    return "words"
 
 
 def from_kernel(halves: Tensor) -> Tensor:
-    """The numbers (F D) again, from PyTorch's order."""
-    parts = [
-        from_pairs(part).flatten()[places_in_kernel(len(part), 2 * part.shape[1])]
-        for part in halves.split(64)
-    ]
-    return torch.cat(parts)
+    """The numbers (F D) again, from the order of this CPU's kernel."""
+    F, D = halves.shape[0], 2 * halves.shape[1]
+    numbers = out_of_blocks(halves.flatten(), F, D, *ORDERS[order_here()])
+    return numbers.to(torch.int8) - 8
 
 
 def has_kernel(w: Tensor) -> bool:
-    """Has PyTorch a product in 4 bits for such a matrix (F D)?"""
-    return w.is_cpu and len(w) % 16 == 0
+    """Has PyTorch a product in 4 bits for such a matrix (F D), in an order that is known here?"""
+    return w.is_cpu and len(w) % 16 == 0 and order_here() != "words"
 
 
 def put4(one: Tensor, some: slice, numbers: Tensor, scales: Tensor, zeros: Tensor) -> None:
@@ -271,11 +315,29 @@ def rows(w: Tensor, ids: Tensor) -> Tensor:
 def plain_product(x: Tensor, w: Tensor) -> Tensor:
     """x (N D) times a quantized matrix (F D): the formula, which all others are held to.
 
-    Some rows at a time, so that the whole matrix never stands in memory; where it is compiled, at once.
+    Some rows at a time, so that the whole matrix never stands in memory.
     """
-    F, D = w.flatten(0, -2).shape[0], x.shape[-1]
-    parts = [slice(None)] if torch.compiler.is_compiling() else slabs(F, D)
-    return torch.cat([x @ dequantized(w, some).to(x.dtype).T for some in parts], -1)
+    w = w.flatten(0, -2)
+    return eager.by_parts(x, (len(w), x.shape[-1]), functools.partial(dequantized, w))
+
+
+def in_whole_numbers(x: Tensor, w: Tensor) -> Tensor:
+    """x (1 D) times a matrix (F D) in 8 bits, all in whole numbers: compiled, a CPU's fastest loop.
+
+    x is rounded to 16 bits with one scale, to a 32,767th of its largest number. Then a group is a sum of 32
+    products in 32 bits, and exact: processors have an instruction for many such products at once.
+    """
+    numbers, scales = split(w)
+    x = x.float()
+    step = x.abs().amax().clamp(min=1e-30) / 32767
+    x16 = computed((x / step).round().to(torch.int16)).view(-1, GROUP)
+    y = []
+    # Four rows at once, far from each other: one after another they are read more slowly.
+    for some, scale in zip(numbers.chunk(4), scales.chunk(4)):
+        some = some.unflatten(-1, (-1, GROUP)).to(torch.int16)  # F/4 D/32 32
+        sums = (x16.to(torch.int32) * some.to(torch.int32)).sum(-1, dtype=torch.int32)
+        y.append((sums.float() * scale.float()).sum(-1))
+    return (torch.cat(y) * step)[None]
 
 
 def one_row(x: Tensor, w: Tensor) -> Tensor:
@@ -287,7 +349,8 @@ def one_row(x: Tensor, w: Tensor) -> Tensor:
     x = x.float()
     packed, scales, *zeros = split(w)
     if not zeros:
-        return (computed(x) * packed.float()).sum(-1)[None] * scales.float().T
+        groups = packed.unflatten(-1, (-1, GROUP)).float() * scales.float()[..., None]
+        return (computed(x).view(-1, GROUP) * groups).sum((1, 2))[None]
     # Without a look at the bytes: a compiler then knows that words begin at words.
     words = w.flatten()[: packed.numel() // 4].view(len(packed), 4, -1)  # F 4 groups
     x = x[0].view(-1, 4, 8).permute(1, 2, 0)  # 4 8 groups
@@ -305,21 +368,18 @@ def one_row(x: Tensor, w: Tensor) -> Tensor:
 
 
 def product(x: Tensor, w: Tensor) -> Tensor:
-    """x (N D) times a quantized matrix (F D): by PyTorch's kernel where it has a fast one.
+    """x (N D) times a quantized matrix (F D): by what is fastest for it (tools/bench_results.md).
 
-    On a CPU it has, except for several rows in float32 (tools/bench_results.md). Kernels take tensors that
-    are in memory, also where they are compiled in: so their arguments are computed.
+    PyTorch's kernel of 4 bits takes tensors that are in memory, also where it is compiled in: so its
+    arguments are computed. In float32 it is slow for several rows.
     """
-    kernel = w.is_cpu and (x.dtype == torch.bfloat16 or len(x) == 1)
-    if kernel and w.dtype == torch.uint8:
+    if w.dtype == torch.uint8 and (x.dtype == torch.bfloat16 or len(x) == 1):
         numbers, beside = split(w)
         multiply = torch._weight_int4pack_mm_for_cpu
         return multiply(computed(x), numbers, GROUP, computed(beside.to(x.dtype)))
-    if kernel and w.dtype == torch.int8:
-        numbers, scales = split(w)
-        return torch._weight_int8pack_mm(computed(x), numbers, computed(scales[:, 0].to(x.dtype)))
     if len(x) == 1 and w.dtype != torch.uint8 and torch.compiler.is_compiling():
-        return one_row(x, w).to(x.dtype)
+        fastest = in_whole_numbers if w.is_cpu and w.dtype == torch.int8 else one_row
+        return fastest(x, w).to(x.dtype)
     return plain_product(x, w)
 
 
@@ -357,13 +417,15 @@ def for_quantized(forward: llama.Forward) -> llama.Forward:
     ) -> Tensor:
         how = weights, params, cache, positions, last
         table = weights["tok_embeddings.weight"]
-        if not is_quantized(table):
+        if not any(map(is_quantized, weights.values())):
             return forward(tokens, *how, probe=probe, project=project)
         asked = tokens
 
         def with_rows(name: str, dims: str, tensor: Tensor) -> Tensor:
             nonlocal asked
-            if name == "tok_embeddings":  # what was looked up are bytes: here are the numbers
+            if name == "tok_embeddings" and is_quantized(
+                table
+            ):  # bytes were looked up: here are numbers
                 tensor = rows(table, asked).to(weights["norm.weight"].dtype)
             tensor = probe(name, dims, tensor)
             if name == "tokens":

@@ -10,7 +10,6 @@ metadata name that order; another CPU or a GPU puts them into its own.
 """
 
 import ctypes
-import functools
 import json
 import math
 import shutil
@@ -27,13 +26,7 @@ from parts import config, layouts, printable, quantized, vocabulary
 from parts.files import openable
 
 NAME = "quantized.safetensors"
-FORMAT, VERSION = "llama3_from_scratch.quantized", "1"
-ORDERS = {  # of a CPU's kernel in 4 bits: rows of a block, and which two of these a byte holds
-    "64 halves": (64, "halves"),  # j and j + 32: AVX-512
-    "32 halves": (32, "halves"),  # j and j + 16: AVX2
-    "32 pairs": (32, "pairs"),  # 2 j and 2 j + 1: a CPU without either
-    "16 pairs": (16, "pairs"),
-}
+FORMAT, VERSION = "llama3_from_scratch.quantized", "2"
 DTYPES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -55,64 +48,18 @@ USE = (  # what tells how a tokenizer is used, beside its own file
 # ------------------------------------------------------------------------------------ the order of numbers
 
 
-def in_blocks(numbers: Tensor, rows: int, which: str) -> Tensor:
-    """Numbers from 0 to 15 (F D), two in a byte: blocks of so many rows, in a block column after column.
-
-    Of the rows at the end that fill no block, a byte holds two that stand side by side.
-    """
-    F, D = numbers.shape
-    whole = F // rows * rows
-    blocks = numbers[:whole].view(-1, rows, D)
-    low, high = blocks[:, : rows // 2], blocks[:, rows // 2 :]
-    if which == "pairs":
-        low, high = blocks[:, 0::2], blocks[:, 1::2]
-    rest = numbers[whole:]
-    ends = rest[0::2] + 16 * rest[1::2]
-    return torch.cat([(low + 16 * high).transpose(1, 2).flatten(), ends.T.flatten()])
-
-
-def out_of_blocks(halves: Tensor, F: int, D: int, rows: int, which: str) -> Tensor:
-    """The numbers (F D) again, from what in_blocks has made of them."""
-    numbers = torch.empty(F, D, dtype=torch.uint8, device=halves.device)
-    whole = F // rows * rows
-    blocks, ends = halves.split((whole * D // 2, (F - whole) * D // 2))
-    blocks = blocks.view(-1, D, rows // 2).transpose(1, 2)
-    into = numbers[:whole].view(-1, rows, D)
-    low, high = into[:, : rows // 2], into[:, rows // 2 :]
-    if which == "pairs":
-        low, high = into[:, 0::2], into[:, 1::2]
-    low.copy_(blocks & 15)
-    high.copy_(blocks >> 4)
-    if whole < F:
-        ends = ends.view(D, -1).T
-        numbers[whole::2] = ends & 15
-        numbers[whole + 1 :: 2] = ends >> 4
-    return numbers
-
-
-@functools.cache
-def order_here() -> str:
-    """The order that PyTorch's product wants on this CPU, by a look at what it makes of some numbers.
-
-    "words": it is none of those that are known here.
-    """
-    numbers = torch.randint(0, 16, (176, 32), generator=torch.Generator().manual_seed(0))
-    found = torch._convert_weight_to_int4pack_for_cpu(numbers.int(), 1).flatten()
-    for order, how in ORDERS.items():
-        if torch.equal(in_blocks(numbers.to(torch.uint8), *how), found):
-            return order
-    return "words"
-
-
 def placed4(w: Tensor, order: str) -> Tensor:
     """A matrix in 4 bits from a file of this order, as the device that it is on computes with it."""
     kernel = quantized.has_kernel(w)
-    if (w.dtype == torch.uint8) == kernel and (not kernel or order == order_here()):
+    if (w.dtype == torch.uint8) == kernel and (not kernel or order == quantized.order_here()):
         return w
     F, D = len(w), quantized.width_of(w)
     if w.dtype == torch.uint8:
         halves, beside = quantized.split(w)
-        numbers = out_of_blocks(halves.flatten(), F, D, *ORDERS[order]).to(torch.int8) - 8
+        numbers = (
+            quantized.out_of_blocks(halves.flatten(), F, D, *quantized.ORDERS[order]).to(torch.int8)
+            - 8
+        )
         scales, zeros = beside.permute(2, 1, 0)
     else:
         numbers, scales, zeros = quantized.unpacked(w)
@@ -162,7 +109,7 @@ def about_file(path: Path) -> dict[str, Any]:
         "version": (VERSION,),
         "kind": quantized.KINDS,
         "group": (str(quantized.GROUP),),
-        "order": (*ORDERS, "words"),
+        "order": (*quantized.ORDERS, "words"),
         "dtype": tuple(str(dtype).removeprefix("torch.") for dtype in llama.FLOATS),
     }
     for key, words in known.items():
@@ -234,19 +181,13 @@ def check_matrix(
             f"{path}: {name}: expected {str(dtype)[6:]} {expected} for {shape} in {form}, found {said(w)}"
             f"{hint}; {AGAIN}"
         )
-    numbers, *beside = quantized.split(w)
+    _, *beside = quantized.split(w)
     ends = [
         x.item() for part in beside for x in part.aminmax()
     ]  # NaN where one is; isfinite is slow
-    wrong = "" if all(map(math.isfinite, ends)) else "not finite"
-    if form == "int8" and ends[0] <= 0:
-        wrong = wrong or "not above 0"
-    if wrong:
-        raise ValueError(f"{path}: {name} has a scale that is {wrong}; it is damaged, so {AGAIN}")
-    if form == "int8" and numbers.min() < -127:
+    if not all(map(math.isfinite, ends)):
         raise ValueError(
-            f"{path}: {name} holds the number -128, and int8 goes from -127 to 127 here; it is damaged, "
-            f"so {AGAIN}"
+            f"{path}: {name} has a scale that is not finite; it is damaged, so {AGAIN}"
         )
 
 
@@ -288,7 +229,7 @@ def write_folder(
     """
     params, shards, tokenizer, convert, _ = opened
     first = next(iter(shards.values()))
-    order = order_here()
+    order = quantized.order_here()
     shapes = llama.weight_shapes(params)
     if "output.weight" not in first:
         del shapes["output.weight"]

@@ -354,10 +354,10 @@ def quantized_by_hand(path):
     for name, w in load_file(path).items():
         data = w.flatten().view(torch.uint8)
         if w.dtype == torch.int8:
-            F, D = len(w), w.shape[1] - 2
-            numbers, scales = data.split((F * D, 2 * F))
-            numbers, scales = numbers.view(torch.int8).view(F, D), scales.view(torch.bfloat16)
-            found[name] = numbers.double() * scales.double()[:, None]
+            F, D = len(w), w.shape[1] * 16 // 17
+            numbers, scales = data.split((F * D, F * D // 16))
+            numbers, scales = numbers.view(torch.int8).view(F, D), scales.view(torch.float16)
+            found[name] = numbers.double() * scales.view(F, -1)[:, torch.arange(D) // 32].double()
         elif w.dtype == torch.uint8:
             F, D = len(w), w.shape[1] * 8 // 5
             halves, beside = data.split((F * D // 2, F * D // 8))

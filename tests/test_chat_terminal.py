@@ -156,7 +156,7 @@ def test_told_to_end_at_the_prompt():
 
 def talk(script, monkeypatch, typed, at_step=(), at_prefill=(), **flags):
     """A conversation with Ctrl-C in these steps and prefills (counted): the result, and (ids, new, cache)."""
-    turns, answer, step, prefill = [], commandline.answer, eager.one_token_step, llama.prefill
+    turns, answer, step, prefill = [], commandline.answer, eager.forward, llama.prefill
     count = {"step": 0, "prefill": 0}
 
     def counted(kind, at, work):
@@ -175,7 +175,7 @@ def talk(script, monkeypatch, typed, at_step=(), at_prefill=(), **flags):
         return new
 
     with monkeypatch.context() as patch:
-        patch.setattr(eager, "one_token_step", counted("step", at_step, step))
+        patch.setattr(eager, "forward", counted("step", at_step, step))
         patch.setattr(llama, "prefill", counted("prefill", at_prefill, prefill))
         patch.setattr(commandline, "answer", watched)
         given = ("--chat", "--dtype", "float32", "--max-new-tokens", 30)

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama3_from_scratch as llama
 from parts.batch import advance, rows_of
-from parts.eager import chunk_that_fits, one_token_step, without_onednn
+from parts import eager
+from parts.eager import chunk_that_fits, without_onednn
 
 SHAPES = {  # changes to SMALL
     "grouped": {},
@@ -322,7 +323,7 @@ def test_rows_of_different_lengths_run_together(model, monkeypatch):
                 rows = [row for row in rows if row != gone]
                 chosen, positions, cache = chosen[keep], positions[keep], rows_of(cache, keep)
             logits = advance(
-                chosen, weights, params, cache, positions, int(positions.max()) + 1, one_token_step
+                chosen, weights, params, cache, positions, int(positions.max()) + 1, eager.forward
             )
             positions = positions + 1
         assert [len(out) for out in new] == [5, 30, 21, 30, 10]

@@ -42,7 +42,7 @@ sys.path.insert(0, str(ROOT))  # run by its path
 import llama3_from_scratch as llama
 from parts import naming, printable, vocabulary
 from parts.commandline import peak_memory
-from parts.eager import one_token_step, without_onednn
+from parts import eager
 from parts.files import check_target, local_path, written_whole
 from parts.programs import end_at_once, flags_of, run_program
 
@@ -53,7 +53,7 @@ from parts.programs import end_at_once, flags_of, run_program
 
 def ours(folder, device, compiled=False, quantize=None):
     weights, params, _ = llama.load_model(folder, device, quantize=quantize)
-    step = one_token_step
+    step = eager.forward
     if compiled:
         from parts.compiled import (
             compiled_step,  # here: it is not to be in the eager contender's memory
@@ -66,7 +66,7 @@ def ours(folder, device, compiled=False, quantize=None):
         tokens = torch.tensor([ids], device=device)
         state["cache"], state["steps"] = llama.make_cache(weights, params, 1), None
         state["at"] = torch.tensor([len(ids)], device=device)
-        state["logits"] = llama.prefill(tokens, weights, params, state["cache"])
+        state["logits"] = eager.prefill(tokens, weights, params, state["cache"])
         return int(state["logits"][0, -1].argmax())
 
     def one(token):
@@ -524,7 +524,7 @@ def without_probe():
     tree = ast.fix_missing_locations(Remove().visit(ast.parse(inspect.getsource(llama.forward))))
     namespace = dict(vars(llama))
     exec(compile(tree, "forward without probes", "exec"), namespace)
-    return functools.partial(namespace["forward"], project=without_onednn)
+    return functools.partial(namespace["forward"], project=eager.project)
 
 
 @torch.no_grad()
@@ -533,7 +533,7 @@ def rows_and_positions(folder, device, rounds, shapes):
     from parts.compiled import compiled_step
 
     weights, params, _ = llama.load_model(folder, device)
-    steps = {"eager": one_token_step, "no probe": without_probe(), "compiled": compiled_step()}
+    steps = {"eager": eager.forward, "no probe": without_probe(), "compiled": compiled_step()}
     found = {}
     for turn in range(rounds + 1):  # the first is for compiling
         for B, S in shapes:
