@@ -10,7 +10,9 @@ from torch import Tensor
 import llama3_from_scratch as llama
 
 FEW = 8  # tokens from which on it pays to turn a matrix into float32
-SLAB = 2**22  # numbers of a matrix that are turned into float32 at once: 16 MB
+SLAB = (
+    2**19
+)  # numbers of a matrix that are turned into float32 at once: 2 MB, which stay in a cache
 
 
 @functools.cache
@@ -23,15 +25,18 @@ def float32_alone() -> bool:
 def by_parts(x: Tensor, shape: tuple[int, int], part: Callable[[slice], Tensor]) -> Tensor:
     """x (… D) times a matrix of this shape (F D), some rows of it at a time: part gives these.
 
-    Where a CPU has float32 alone they are multiplied so, by oneDNN: 128 tokens take a fifth of the time that
-    PyTorch's product in bfloat16 takes there, and two thirds of MKL's in float32 (tools/bench_results.md).
+    On a CPU one token is multiplied in float32, and by oneDNN several where it has float32 alone: 128 tokens
+    take a fifth of the time that PyTorch's product in bfloat16 takes there, and two thirds of MKL's in
+    float32 (tools/bench_results.md).
     """
     F, D = shape
     rows = max(64, SLAB // D // 64 * 64)
     parts = []
     for a in range(0, F, rows):
         w = part(slice(a, a + rows))
-        if x.is_cpu and float32_alone():
+        if x.shape[:-1].numel() == 1 and x.is_cpu:
+            y = x.float() @ w.float().T
+        elif x.is_cpu and float32_alone():
             y = torch.ops.mkldnn._linear_pointwise(x.float(), w.float(), None, "none", [], "")
         else:
             y = x @ w.to(x.dtype).T

@@ -906,6 +906,7 @@ def load_model(
         advance(w.nbytes)
         return w
 
+    eager.keep_freed_memory()
     total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
     doing = "quantizing" if quantize and not saved else "reading"
     with progress(f"{doing} {short_name}", total if N == 1 else 0, "B") as advance:
@@ -920,7 +921,6 @@ def load_model(
             weights = quantized.load(shards, params, device, dtype, join, quantize)
         else:
             weights = llama.load_weights(shards, params, device, dtype, join)
-    eager.keep_freed_memory()
     if not quiet:
         layers = f"{n_layers} of {of} layers" if n_layers not in (None, of) else plural(of, "layer")
         bytes_of = f"{size(held)} of {quantize or str(dtype).removeprefix('torch.')}"

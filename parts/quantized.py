@@ -1,9 +1,9 @@
 """Weights in 8 or 4 bits, for --quantize: how numbers become small ones with a scale, and their products.
 
 Each 32 numbers along a row of a matrix (F D) share a scale. int8: w is about number * scale, numbers from
--127 to 127. int4: they share a zero too; w is about number * scale + zero, numbers from -8 to 7. The embedding
-and the head keep 8 bits in both (a model may have one table for the two), the norms are not quantized, nor is
-what flows through the model: this saves memory, and the time to read it.
+-127 to 127. int4: they share a zero too; w is about number * scale + zero, numbers from -8 to 7. The
+embedding and the head keep 8 bits in both (a model may have one table for the two). The norms are not
+quantized, nor is what flows through the model: this saves memory, and the time to read it.
 
 A quantized matrix stays one tensor of F rows in the dict of weights: of all its bytes the first are the
 numbers, then come scales (and zeros). So `forward` takes it as it takes any matrix, cut into heads or not,
@@ -25,7 +25,7 @@ from parts.rewritings import computed
 KINDS = ("int8", "int4")
 GROUP = 32  # numbers of a row that share a scale
 SMALLEST = 2.0**-24  # of float16, so that no group is divided by 0
-SLAB = 2**20  # numbers taken at once: the float32 they need is given back before the next
+SLAB = 2**18  # numbers taken at once, which with all they need stay in a cache
 
 
 ORDERS = {  # of a CPU's kernel in 4 bits: rows of a block, and which two of these a byte holds
@@ -50,17 +50,18 @@ def quantize8(w: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize8(numbers: Tensor, scales: Tensor) -> Tensor:
     """The matrix again, in float32."""
     groups = numbers.unflatten(-1, (-1, GROUP)).float()
-    return (groups * scales.float()[..., None]).flatten(-2)
+    return groups.mul_(scales.float()[..., None]).flatten(-2)  # in place: memory is what takes time
 
 
 def quantize4(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Numbers from -8 to 7 (F D), scales and zeros (F D/32): w is about numbers * scale + zero.
 
     First the smallest number of each 32 becomes -8, the largest 7. Then the line through all pairs of number
-    and weight is drawn anew by least squares, and each weight takes the number nearest on it; twice.
+    and weight is drawn anew by least squares, and each weight takes the number nearest on it; twice. Weights
+    that were in llama.cpp's Q4_0 keep their numbers.
     """
     w = w.float().unflatten(-1, (-1, GROUP))
-    low, high = w.aminmax(dim=-1, keepdim=True)
+    low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
     scales = (high - low) / 15
     zeros = low + 8 * scales
     for _ in range(2):
@@ -70,14 +71,31 @@ def quantize4(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         fitted = (spread * w).sum(-1, keepdim=True) / total.clamp(min=1)
         scales = torch.where(total > 0, fitted, scales)  # 32 equal weights have no slope
         zeros = w.mean(-1, keepdim=True) - numbers.mean(-1, keepdim=True) * scales
-    scales, zeros = scales.bfloat16(), zeros.bfloat16()
+    eighths, were_q4_0 = as_q4_0(w)
+    scales = torch.where(were_q4_0, eighths, scales).bfloat16()
+    zeros = zeros.masked_fill(were_q4_0, 0).bfloat16()
     numbers = nearest4(w, scales.float(), zeros.float())  # by those that are kept
     return numbers.to(torch.int8).flatten(-2), scales[..., 0], zeros[..., 0]
 
 
 def nearest4(w: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """Which of the 16 numbers comes nearest to each weight?"""
-    return ((w - zeros) / scales.clamp(min=1e-30)).round().clamp(-8, 7)
+    return ((w - zeros) / scales.masked_fill(scales == 0, 1)).round().clamp(-8, 7)
+
+
+def as_q4_0(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales of groups (… 32) in Q4_0, and whether they were so: all whole multiples of the largest / -8.
+
+    Their numbers seldom reach from -8 to 7, so that from the smallest and the largest alone others come out.
+    Source: llama.cpp, ggml/src/ggml-quants.c.
+    """
+    low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
+    scales = torch.where(high > -low, high, low) / -8
+    numbers = w / scales.masked_fill(scales == 0, 1)
+    whole = (numbers - numbers.round()).abs().amax(
+        -1, keepdim=True
+    ) < 0.04  # bfloat16 rounds so much
+    return scales, whole & (numbers.amax(-1, keepdim=True) < 7.5)
 
 
 def dequantize4(numbers: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from references import float64_loop, hugging_face, metas_reference
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import llama3_from_scratch as llama
-from parts.batch import advance, rows_of
 from parts import eager
+from parts.batch import advance, rows_of
 from parts.eager import chunk_that_fits, without_onednn
 
 SHAPES = {  # changes to SMALL
@@ -247,7 +247,7 @@ def test_one_token_goes_without_onednn(B, T, enabled, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", enabled)
     seen, x, w = [], torch.randn(B, T, 8), torch.randn(3, 5, 8)
     with WhileMultiplying(lambda: seen.append(torch.backends.mkldnn.enabled)):
-        y = without_onednn(x, w)
+        y = eager.project(x, w)
     assert seen == [enabled and B * T > 1] and torch.backends.mkldnn.enabled == enabled
     torch.testing.assert_close(y, torch.einsum("btd,hed->bhte", x, w))
 
@@ -287,6 +287,42 @@ def test_one_tokens_product_is_as_exact_without_onednn(dtype, bar, D):
     torch.manual_seed(D)
     x, w = torch.randn(1, 1, D).to(dtype), torch.randn(100, D).to(dtype)
     assert relative_error(without_onednn(x, w), x.double() @ w.double().T) < bar
+
+
+@pytest.mark.parametrize(
+    "dtype, bar", ((torch.bfloat16, 2e-3), (torch.float16, 3e-4), (torch.float32, 1e-6))
+)
+@pytest.mark.parametrize("B, T", ((1, 8), (2, 5), (1, 130), (2, 3)))
+def test_several_tokens_where_a_cpu_has_float32_alone(dtype, bar, B, T, monkeypatch):
+    """Some rows of a matrix at a time, and as exact as any product that rounds once."""
+    monkeypatch.setattr(eager, "float32_alone", lambda: True)
+    monkeypatch.setattr(eager, "SLAB", 64 * 96)
+    seen, by_parts = [], eager.by_parts
+    monkeypatch.setattr(
+        eager, "by_parts", lambda x, *how: seen.append(x.shape) or by_parts(x, *how)
+    )
+    torch.manual_seed(T)
+    x, w = torch.randn(B, T, 96).to(dtype), torch.randn(150, 96).to(dtype)
+    expected = x.double() @ w.double().T
+    y = eager.project(x, w)
+    assert y.dtype == dtype and relative_error(y, expected) < bar
+    heads = eager.project(x, w.view(5, 30, 96))
+    assert relative_error(heads, expected.unflatten(-1, (5, 30)).transpose(1, 2)) < bar
+    assert len(seen) == (2 if B * T >= eager.FEW else 0)
+    learned = w.clone().requires_grad_()
+    eager.project(x, learned).sum().backward()
+    assert learned.grad is not None and len(seen) == (2 if B * T >= eager.FEW else 0)
+
+
+def test_the_prompt_is_read_with_these_products(model, monkeypatch):
+    """By the command line's prefill; the script's own, and a probe's names, are as they were."""
+    params, weights = model(torch.bfloat16)
+    tokens = some_tokens(params, B=1, T=16)
+    plain = llama.prefill(tokens, weights, params, llama.make_cache(weights, params, 1))
+    monkeypatch.setattr(eager, "float32_alone", lambda: True)
+    ours = eager.prefill(tokens, weights, params, llama.make_cache(weights, params, 1))
+    exact = llama.forward(tokens, {name: w.double() for name, w in weights.items()}, params)[:, -1:]
+    assert relative_error(ours, exact) < 1.1 * relative_error(plain, exact) + 1e-3
 
 
 def test_sees_through_torch_compile(model):

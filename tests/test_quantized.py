@@ -82,6 +82,25 @@ def test_4_bits():
     assert torch.equal(again[3], w[3]) and torch.equal(again[5], w[5])
 
 
+@pytest.mark.parametrize("dtype, bar", ((torch.float32, 2.0**-8), (torch.bfloat16, 2.0**-6)))
+def test_weights_that_were_in_q4_0_keep_their_numbers(dtype, bar):
+    gguf = pytest.importorskip("gguf")
+    w = normal(64, 96)
+    w[3] = 0
+    kind = gguf.GGMLQuantizationType.Q4_0
+    blocks = gguf.quantize(w.numpy(), kind)
+    before = torch.from_numpy(gguf.dequantize(blocks, kind)).to(dtype)
+    numbers, scales, zeros = quantized.quantize4(before)
+    halves = torch.from_numpy(blocks).view(64, 3, 18)[..., 2:]
+    assert torch.equal(
+        numbers.unflatten(-1, (-1, 32)), torch.cat((halves & 15, halves >> 4), -1).char() - 8
+    )
+    assert not zeros.any()
+    again = quantized.dequantize4(numbers, scales, zeros)
+    assert ((again - before.float()).abs() <= bar * before.float().abs()).all()
+    assert not quantized.as_q4_0(w.unflatten(-1, (-1, 32)))[1][:3].any()  # others are not
+
+
 def test_4_bits_have_less_error_than_range_alone():
     w = normal(256, 256)
     groups = w.unflatten(-1, (-1, 32))

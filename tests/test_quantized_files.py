@@ -196,7 +196,10 @@ def test_tokenizer_of_a_real_gguf(tmp_path):
 
 @pytest.mark.parametrize("begin, end", ((True, True), (False, False)))
 def test_gguf(model, tmp_path, begin, end):
+    import gguf
     from gguf_files import KINDS, write_gguf
+
+    from parts import gguf_file
 
     params, weights = model(use_scaled_rope=True)
     fields = {"tokenizer.ggml.add_bos_token": begin, "tokenizer.ggml.add_eos_token": end}
@@ -210,6 +213,17 @@ def test_gguf(model, tmp_path, begin, end):
     assert all(torch.equal(w, two[0][name]) for name, w in one[0].items())
     logits = [llama.forward(torch.tensor([[1, 2, 3]]), w, params) for w, params, _ in (one, two)]
     assert torch.equal(*logits)
+    # The file's own numbers and scales, bit for bit: blocks of a scale in float16 and 32 bytes.
+    blocks = {
+        gguf_file.metas_name(tensor.name): torch.from_numpy(tensor.data.copy())
+        for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors
+        if tensor.tensor_type == KINDS.Q8_0
+    }
+    assert len(blocks) == 7 * params["n_layers"] + 2
+    for name, rows in blocks.items():
+        numbers, scales = quantized.split(one[0][name])
+        both = scales.view(torch.int8).unflatten(-1, (-1, 2)), numbers.unflatten(-1, (-1, 32))
+        assert torch.equal(torch.cat(both, -1).flatten(1), rows.view(torch.int8)), name
 
 
 def test_hugging_face(model, tmp_path):
@@ -341,7 +355,7 @@ DAMAGES = {
     "no norm": (lambda tensors, about: tensors.pop("norm.weight"), "norm.weight is missing"),
     "too many": (one_more, "layers.9.attention.wq.weight: a Llama of these sizes has no such tensor"),
     "no scales": (put(WQ, lambda w: w[:, : w.shape[1] * 4 // 5]), "the numbers alone, without"),
-    "no scales of 8 bits": (put("output.weight", lambda w: w[:, : w.shape[1] * 16 // 17]), "the numbers alone, without"),
+    "no scales of 8 bits": (put("output.weight", lambda w: w[:, : -w.shape[1] // 17]), "the numbers alone, without"),
     "a row too few": (put(WQ, lambda w: w[1:]), r"expected uint8 \(64, 40\) .* in int4, found uint8 \(63"),
     "dtype": (put(WQ, lambda w: w.view(torch.int8)), r"expected uint8 .*, found int8"),
     "not quantized": (put(WQ, lambda w: torch.zeros(64, 64)), r"found float32 \(64, 64\)"),

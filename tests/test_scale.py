@@ -19,9 +19,10 @@ def test_what_to_choose_by_hand():
     """8B: 8.03 billion numbers, 1.05 of them in the table and the head; 32 layers, 8 heads of 128."""
     cache = 2 * 2 * 32 * 8 * 128 * 8192
     assert scale.needed("8b", "bfloat16") == pytest.approx((2 * 8.03e9 + cache) / 1e9, rel=1e-3)
-    assert scale.needed("8b", "int8") == pytest.approx((8.03e9 + cache) / 1e9, rel=2e-3)
+    int8 = 8.03e9 * (8 + 16 / 32) / 8  # a scale of 16 bits for each 32
+    assert scale.needed("8b", "int8") == pytest.approx((int8 + cache) / 1e9, rel=2e-3)
     matrices, tables = 8.03e9 - 2 * 128256 * 4096, 2 * 128256 * 4096
-    int4 = matrices * (4 + 32 / 32) / 8 + tables  # a scale and a zero of 16 bits for each 32
+    int4 = matrices * (4 + 32 / 32) / 8 + tables * (8 + 16 / 32) / 8  # of 4 bits a zero too
     assert scale.needed("8b", "int4") == pytest.approx((int4 + cache) / 1e9, rel=2e-3)
     table = scale.choice()
     for machine, room in scale.MACHINES.items():

@@ -40,9 +40,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # run by its path
 import llama3_from_scratch as llama
-from parts import naming, printable, vocabulary
+from parts import eager, naming, printable, vocabulary
 from parts.commandline import peak_memory
-from parts import eager
 from parts.files import check_target, local_path, written_whole
 from parts.programs import end_at_once, flags_of, run_program
 
