@@ -333,10 +333,23 @@ def rows(w: Tensor, ids: Tensor) -> Tensor:
 def plain_product(x: Tensor, w: Tensor) -> Tensor:
     """x (N D) times a quantized matrix (F D): the formula, which all others are held to.
 
-    Some rows at a time, so that the whole matrix never stands in memory.
+    Some rows at a time, so that the whole matrix never stands in memory; compiled for a GPU, at once.
     """
     w = w.flatten(0, -2)
+    if torch.compiler.is_compiling():
+        return x @ dequantized(w).to(x.dtype).T
     return eager.by_parts(x, (len(w), x.shape[-1]), functools.partial(dequantized, w))
+
+
+@torch.library.custom_op("llama3_from_scratch::in_parts", mutates_args=())
+def in_parts(x: Tensor, w: Tensor) -> Tensor:
+    """plain_product as one call, into which a compiler does not look: for several rows on a CPU."""
+    return plain_product(x, w)
+
+
+@in_parts.register_fake
+def _(x: Tensor, w: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], w.flatten(0, -2).shape[0])
 
 
 def in_whole_numbers(x: Tensor, w: Tensor) -> Tensor:
@@ -391,13 +404,16 @@ def product(x: Tensor, w: Tensor) -> Tensor:
     PyTorch's kernel of 4 bits takes tensors that are in memory, also where it is compiled in: so its
     arguments are computed. In float32 it is slow for several rows.
     """
-    if w.dtype == torch.uint8 and (x.dtype == torch.bfloat16 or len(x) == 1):
+    one = x.shape[0] == 1  # len would make a compiler write code for this number of rows alone
+    if w.dtype == torch.uint8 and (x.dtype == torch.bfloat16 or one):
         numbers, beside = split(w)
         multiply = torch._weight_int4pack_mm_for_cpu
         return multiply(computed(x), numbers, GROUP, computed(beside.to(x.dtype)))
-    if len(x) == 1 and w.dtype != torch.uint8 and torch.compiler.is_compiling():
+    if one and w.dtype != torch.uint8 and torch.compiler.is_compiling():
         fastest = in_whole_numbers if w.is_cpu and w.dtype == torch.int8 else one_row
         return fastest(x, w).to(x.dtype)
+    if w.is_cpu and torch.compiler.is_compiling():
+        return in_parts(x, w)
     return plain_product(x, w)
 
 

@@ -265,6 +265,20 @@ def test_compiled_gives_what_eager_gives(kind, monkeypatch, model):
 
 @needs_a_compiler
 @pytest.mark.parametrize("kind", quantized.KINDS)
+def test_several_rows_compile(kind):
+    """In parts, as one call; a matrix in the kernel's order and one that is not; any number of rows."""
+    for F in (64, 24):
+        one = quantized.quantized(normal(F, 64), kind)
+        torch._dynamo.reset()
+        run = torch.compile(quantized.product, fullgraph=True)
+        for N in (3, 5, 9):
+            x = torch.randn(N, 64, generator=torch.Generator().manual_seed(1))
+            expected = x.double() @ quantized.dequantized(one).double().T
+            assert relative_error(run(x, one), expected) < 1e-6
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("kind", quantized.KINDS)
 def test_the_form_for_one_row_compiles(kind):
     """As on a GPU: sums in place of PyTorch's kernels."""
     one = quantized.quantized(normal(64, 64), kind, in_order=True)

@@ -355,7 +355,7 @@ DAMAGES = {
     "no norm": (lambda tensors, about: tensors.pop("norm.weight"), "norm.weight is missing"),
     "too many": (one_more, "layers.9.attention.wq.weight: a Llama of these sizes has no such tensor"),
     "no scales": (put(WQ, lambda w: w[:, : w.shape[1] * 4 // 5]), "the numbers alone, without"),
-    "no scales of 8 bits": (put("output.weight", lambda w: w[:, : -w.shape[1] // 17]), "the numbers alone, without"),
+    "no scales of 8 bits": (put("output.weight", lambda w: w[:, :64]), "the numbers alone, without"),
     "a row too few": (put(WQ, lambda w: w[1:]), r"expected uint8 \(64, 40\) .* in int4, found uint8 \(63"),
     "dtype": (put(WQ, lambda w: w.view(torch.int8)), r"expected uint8 .*, found int8"),
     "not quantized": (put(WQ, lambda w: torch.zeros(64, 64)), r"found float32 \(64, 64\)"),
