@@ -10,22 +10,21 @@ from torch import Tensor
 import llama3_from_scratch as llama
 
 FEW = 8  # tokens from which on it pays to turn a matrix into float32
-SLAB = (
-    2**19
-)  # numbers of a matrix that are turned into float32 at once: 2 MB, which stay in a cache
+SLAB = 2**19  # numbers of a matrix that are turned into float32 at once, and stay in a cache
 
 
 @functools.cache
 def float32_alone() -> bool:
     """Has oneDNN products in float32 alone on this CPU, none in 16 bits? So it is without AVX-512."""
-    supported = torch.ops.mkldnn._is_mkldnn_bf16_supported
-    return torch.backends.mkldnn.is_available() and not supported()  # type: ignore[no-untyped-call]
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def by_parts(x: Tensor, shape: tuple[int, int], part: Callable[[slice], Tensor]) -> Tensor:
     """x (… D) times a matrix of this shape (F D), some rows of it at a time: part gives these.
 
-    On a CPU one token is multiplied in float32, and by oneDNN several where it has float32 alone: 128 tokens
+    One token is multiplied in float32 on a CPU, and several where it has float32 alone, by oneDNN: 128 tokens
     take a fifth of the time that PyTorch's product in bfloat16 takes there, and two thirds of MKL's in
     float32 (tools/bench_results.md).
     """

@@ -137,7 +137,7 @@ def load_share(
         w = convert(source, w) if convert else w
         kind = quantized.kind_of(quantize, name, tuple(w.shape)) if quantize else ""
         if kind:
-            weights[name] = quantized.quantized(w.to(device), kind)
+            weights[name] = quantized.quantized(w.to(device), kind, name=name)
             continue
         weights[name] = w.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
     return weights

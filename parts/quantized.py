@@ -13,6 +13,7 @@ replaces through the probe. Each form of the product is held to the formula by a
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 
 import torch
@@ -91,17 +92,17 @@ def as_q4_0(w: Tensor) -> tuple[Tensor, Tensor]:
     """
     low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
     scales = torch.where(high > -low, high, low) / -8
-    numbers = w / scales.masked_fill(scales == 0, 1)
-    whole = (numbers - numbers.round()).abs().amax(
-        -1, keepdim=True
-    ) < 0.04  # bfloat16 rounds so much
-    return scales, whole & (numbers.amax(-1, keepdim=True) < 7.5)
+    multiples = w / scales.masked_fill(scales == 0, 1)
+    numbers = multiples.round()
+    # bfloat16 rounds off so much. A small number beside large ones is none of theirs: there 0 is 0.
+    theirs = ((multiples - numbers).abs() < 0.04) & ((numbers == 0) == (w == 0)) & (numbers < 8)
+    return scales, theirs.all(-1, keepdim=True)
 
 
 def dequantize4(numbers: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """The matrix again, in float32."""
     groups = numbers.float().unflatten(-1, (-1, GROUP))
-    return (groups * scales.float()[..., None] + zeros.float()[..., None]).flatten(-2)
+    return groups.mul_(scales.float()[..., None]).add_(zeros.float()[..., None]).flatten(-2)
 
 
 # ------------------------------------------------------------------------------------ as one tensor
@@ -140,8 +141,8 @@ def bytes_of(kind: str, shape: tuple[int, ...]) -> int:
 def width_of(w: Tensor) -> int:
     """How many numbers a row has, D."""
     if w.dtype == torch.int8:
-        return w.shape[-1] * GROUP // (GROUP + 2)
-    return w.shape[-1] * w.dtype.itemsize * 8 // 5
+        return w.shape[-1] * GROUP // (GROUP + 2)  # 32 numbers take 32 bytes, a scale 2
+    return w.shape[-1] * w.dtype.itemsize * 8 // 5  # 32 numbers take 16 bytes, scale and zero 4
 
 
 def split(w: Tensor) -> tuple[Tensor, ...]:
@@ -256,15 +257,16 @@ def has_kernel(w: Tensor) -> bool:
     return w.is_cpu and len(w) % 16 == 0 and order_here() != "words"
 
 
-def put4(one: Tensor, some: slice, numbers: Tensor, scales: Tensor, zeros: Tensor) -> None:
-    """Puts rows as quantize4 gives them into a tensor in 4 bits, in its order."""
+def put(one: Tensor, some: slice, numbers: Tensor, scales: Tensor, *zeros: Tensor) -> None:
+    """Puts rows as quantize8 or quantize4 gives them into a quantized matrix, in its order."""
     into, *beside = split(one)
     if one.dtype == torch.uint8:
         into[some] = for_kernel(numbers)
-        beside[0][:, some] = torch.stack((scales.T, zeros.T), -1)
-    else:
-        into[some] = in_words(in_pairs(numbers))
-        beside[0][some], beside[1][some] = scales, zeros
+        beside[0][:, some] = torch.stack((scales.T, zeros[0].T), -1)
+        return
+    into[some] = in_words(in_pairs(numbers)) if zeros else numbers
+    for room, part in zip(beside, (scales, *zeros)):
+        room[some] = part
 
 
 def empty(kind: str, shape: tuple[int, ...], device: torch.device, kernel: bool) -> Tensor:
@@ -274,19 +276,22 @@ def empty(kind: str, shape: tuple[int, ...], device: torch.device, kernel: bool)
     return room.view(dtype).view(shape[0], -1)
 
 
-def quantized(w: Tensor, kind: str, in_order: bool = False) -> Tensor:
+def quantized(w: Tensor, kind: str, in_order: bool = False, name: str = "a matrix") -> Tensor:
     """A matrix (F D) in 8 or 4 bits, quantized some rows at a time, as one tensor of F rows: see FORMS.
 
-    in_order: 4 bits in words, as on a GPU, also where PyTorch has a kernel.
+    in_order: 4 bits in words, as on a GPU, also where PyTorch has a kernel. ValueError, with the name, where
+    weights are NaN, infinite, or too large for a scale.
     """
     F, D = w.shape
     one = empty(kind, (F, D), w.device, has_kernel(w) and not in_order)
     for some in slabs(F, D):
-        if kind == "int4":
-            put4(one, some, *quantize4(w[some]))
-            continue
-        numbers, scales = split(one)
-        numbers[some], scales[some] = quantize8(w[some])
+        parts = quantize8(w[some]) if kind == "int8" else quantize4(w[some])
+        if not parts[1].isfinite().all():
+            raise ValueError(
+                f"{name} cannot be quantized: it has weights that are NaN or infinite, or too large for a "
+                f"scale of {kind}"
+            )
+        put(one, some, *parts)
     return one
 
 
@@ -407,8 +412,8 @@ def product(x: Tensor, w: Tensor) -> Tensor:
     one = x.shape[0] == 1  # len would make a compiler write code for this number of rows alone
     if w.dtype == torch.uint8 and (x.dtype == torch.bfloat16 or one):
         numbers, beside = split(w)
-        multiply = torch._weight_int4pack_mm_for_cpu
-        return multiply(computed(x), numbers, GROUP, computed(beside.to(x.dtype)))
+        kernel = torch._weight_int4pack_mm_for_cpu
+        return kernel(computed(x), numbers, GROUP, computed(beside.to(x.dtype)))
     if one and w.dtype != torch.uint8 and torch.compiler.is_compiling():
         fastest = in_whole_numbers if w.is_cpu and w.dtype == torch.int8 else one_row
         return fastest(x, w).to(x.dtype)
@@ -431,6 +436,9 @@ def project(
     if w.dim() == 3:
         y = y.unflatten(-1, w.shape[:2]).transpose(1, 2)
     return y
+
+
+multiply = project  # for `read` below, which has a parameter of the other name
 
 
 def for_quantized(forward: llama.Forward) -> llama.Forward:
@@ -457,23 +465,19 @@ def for_quantized(forward: llama.Forward) -> llama.Forward:
 
         def with_rows(name: str, dims: str, tensor: Tensor) -> Tensor:
             nonlocal asked
-            if name == "tok_embeddings" and is_quantized(
-                table
-            ):  # bytes were looked up: here are numbers
+            # Where the table is quantized, what was looked up are bytes: here are the numbers.
+            if name == "tok_embeddings" and is_quantized(table):
                 tensor = rows(table, asked).to(weights["norm.weight"].dtype)
             tensor = probe(name, dims, tensor)
             if name == "tokens":
                 asked = tensor
             return tensor
 
-        product = functools.partial(multiply, plain=project)
-        return forward(tokens, *how, probe=with_rows, project=product)
+        either = functools.partial(multiply, plain=project)
+        return forward(tokens, *how, probe=with_rows, project=either)
 
     vars(read)["takes_quantized"] = True
     return read
-
-
-multiply = project  # under a name that no parameter of `read` hides
 
 
 # ------------------------------------------------------------------------------------ loading
@@ -499,7 +503,7 @@ def load(
             continue
         w = join(name, slices).to(device)
         into = kind_of(kind, name, shape)
-        weights[name] = quantized(w, into) if into else w.to(dtype)
+        weights[name] = quantized(w, into, name=name) if into else w.to(dtype)
     llama.forward = for_quantized(llama.forward)  # type: ignore[assignment]
     return weights
 
@@ -511,5 +515,5 @@ def size_of(shapes: dict[str, tuple[int, ...]], kind: str, dtype: torch.dtype, t
         if name == "output.weight" and tied:
             continue
         into = kind_of(kind, name, shape)
-        total += bytes_of(into, shape) if into else shape[0] * dtype.itemsize
+        total += bytes_of(into, shape) if into else math.prod(shape) * dtype.itemsize
     return total

@@ -56,15 +56,13 @@ def placed4(w: Tensor, order: str) -> Tensor:
     F, D = len(w), quantized.width_of(w)
     if w.dtype == torch.uint8:
         halves, beside = quantized.split(w)
-        numbers = (
-            quantized.out_of_blocks(halves.flatten(), F, D, *quantized.ORDERS[order]).to(torch.int8)
-            - 8
-        )
+        how = quantized.ORDERS[order]
+        numbers = quantized.out_of_blocks(halves.flatten(), F, D, *how).to(torch.int8) - 8
         scales, zeros = beside.permute(2, 1, 0)
     else:
         numbers, scales, zeros = quantized.unpacked(w)
     one = quantized.empty("int4", (F, D), w.device, kernel)
-    quantized.put4(one, slice(None), numbers, scales, zeros)
+    quantized.put(one, slice(None), numbers, scales, zeros)
     return one
 
 
@@ -143,13 +141,14 @@ def check(tensors: llama.Weights, params: llama.Params, about: dict[str, Any], p
             raise ValueError(
                 f"{path}: {name} is missing; params.json is another model's, or the file is damaged; {AGAIN}"
             )
-        if len(shape) == 1:
+        into = quantized.kind_of(about["kind"], name, shape)
+        if not into:
             if form or w.dtype not in llama.FLOATS or tuple(w.shape) != shape:
                 raise ValueError(
-                    f"{path}: {name}: expected {shape[0]} plain numbers, found {said(w)}; {AGAIN}"
+                    f"{path}: {name}: expected plain numbers {shape}, found {said(w)}; {AGAIN}"
                 )
         else:
-            check_matrix(name, w, form, shape, about["order"], path)
+            check_matrix(name, w, form, into, shape, about["order"], path)
 
 
 def said(w: Tensor) -> str:
@@ -158,27 +157,33 @@ def said(w: Tensor) -> str:
 
 
 def in_four(F: int, order: str) -> torch.dtype:
-    """The dtype of a matrix of F rows in 4 bits in a file: PyTorch's kernel takes 16 rows, or 32, …"""
+    """The dtype of a matrix of F rows in 4 bits in a file: PyTorch's kernel takes a multiple of 16 rows."""
     return torch.int32 if F % 16 or order == "words" else torch.uint8
 
 
 def check_matrix(
-    name: str, w: Tensor, form: object, shape: tuple[int, ...], order: str, path: Path
+    name: str,
+    w: Tensor,
+    form: object,
+    into: str,
+    shape: tuple[int, ...],
+    order: str,
+    path: Path,
 ) -> None:
-    """ValueError unless these are the bytes of a matrix of this shape in this form."""
+    """ValueError unless these are the bytes of a matrix of this shape in the form it should have: into."""
     F, D = shape
-    if form not in quantized.KINDS or (form == "int4" and D % quantized.GROUP):
+    if form != into:
         raise ValueError(
             f"{path}: the form of {name} {shape} in the metadata is {config.shown(form)}, which cannot be; "
             f"{AGAIN}"
         )
-    dtype = torch.int8 if form == "int8" else in_four(F, order)
-    expected = (F, quantized.bytes_of(form, (F, D)) // F // dtype.itemsize)
+    dtype = torch.int8 if into == "int8" else in_four(F, order)
+    expected = (F, quantized.bytes_of(into, (F, D)) // F // dtype.itemsize)
     if w.dtype != dtype or tuple(w.shape) != expected:
         alone = tuple(w.shape) in ((F, D), (F, D // 2))
         hint = ": the numbers alone, without their scales" if alone else ""
         raise ValueError(
-            f"{path}: {name}: expected {str(dtype)[6:]} {expected} for {shape} in {form}, found {said(w)}"
+            f"{path}: {name}: expected {str(dtype)[6:]} {expected} for {shape} in {into}, found {said(w)}"
             f"{hint}; {AGAIN}"
         )
     _, *beside = quantized.split(w)
@@ -262,7 +267,9 @@ def write_folder(
         file.write(len(text).to_bytes(8, "little") + text)
         for name in shapes:
             w = joined(name, shards, convert)
-            made = quantized.quantized(w, forms[name], order == "words") if forms[name] else w
+            made = w
+            if forms[name]:
+                made = quantized.quantized(w, forms[name], order == "words", name)
             write_bytes(file, made)
             advance(w.numel())
     (folder / "params.json").write_text(json.dumps(plain_params(params), indent=1))

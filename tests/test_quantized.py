@@ -9,7 +9,7 @@ import torch
 from conftest import relative_error, some_tokens
 
 import llama3_from_scratch as llama
-from parts import compiled, inside, quantized
+from parts import compiled, eager, inside, quantized
 
 needs_a_compiler = pytest.mark.skipif(
     not (shutil.which("g++") or os.environ.get("CXX") or os.environ.get("CI")),
@@ -54,6 +54,7 @@ def test_8_bits():
     # At most half a step, and at the largest number what float16 rounds off its scale.
     steps = (again - w) / scales.repeat_interleave(32, -1).float().clamp(min=1e-30)
     assert steps.abs().max() <= 0.5 + 127 / 2**11
+    assert steps[numbers.abs() < 127].abs().max() <= 0.5001  # nearest by the scale that is kept
     # A uniform error of a step has a standard deviation of 1/sqrt(12) of it.
     others = [n for n in range(64) if n not in (3, 5)]
     assert steps[others].std().item() == pytest.approx(1 / math.sqrt(12), rel=0.05)
@@ -111,7 +112,7 @@ def test_4_bits_have_less_error_than_range_alone():
     symmetric = ((groups / largest * 7).round() * largest / 7).flatten(-2)
     ours = quantized.dequantize4(*quantized.quantize4(w))
     errors = [(w - other).pow(2).mean().sqrt() for other in (ours, by_range, symmetric)]
-    assert errors[0] < 0.97 * errors[1] and errors[1] < errors[2]
+    assert errors[0] < 0.945 * errors[1] and errors[1] < errors[2]
 
 
 @pytest.mark.parametrize("kind", quantized.KINDS)
@@ -125,8 +126,8 @@ def test_one_tensor_gives_the_formula(kind, rows, width):
     else:
         matrix = quantized.dequantize4(*quantized.quantize4(w))
     for dtype, bar in ((torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 6e-3)):
-        for T in (1, 3, 40):
-            x = torch.randn(2, T, width, generator=torch.Generator().manual_seed(T)).to(dtype)
+        for B, T in ((1, 1), (2, 1), (2, 3), (2, 40)):
+            x = torch.randn(B, T, width, generator=torch.Generator().manual_seed(T)).to(dtype)
             expected = x.double() @ matrix.double().T
             assert relative_error(quantized.project(x, one), expected) < bar, (dtype, T)
             heads = quantized.project(x, one.view(2, rows // 2, -1))
@@ -134,12 +135,44 @@ def test_one_tensor_gives_the_formula(kind, rows, width):
 
 
 def test_many_rows_at_a_time(monkeypatch):
-    w = normal(208, 64)
+    """Parts of a number of rows that the kernel's order knows, also where as many numbers do not make one."""
+    w = normal(400, 96)
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(1))
     for kind in quantized.KINDS:
         whole = quantized.quantized(w, kind)
-        monkeypatch.setattr(quantized, "SLAB", 1000)
-        assert torch.equal(quantized.quantized(w, kind), whole)
-        monkeypatch.undo()
+        expected = x @ quantized.dequantized(whole).T
+        for slab in (1000, 96 * 150):
+            with monkeypatch.context() as patch:
+                patch.setattr(quantized, "SLAB", slab)
+                patch.setattr(eager, "SLAB", slab)
+                assert torch.equal(quantized.quantized(w, kind), whole)
+                assert relative_error(quantized.plain_product(x, whole), expected) < 1e-6
+
+
+def test_weights_that_no_scale_holds(model):
+    params, weights = model(torch.float32)
+    name = "layers.1.feed_forward.w2.weight"
+    for kind, value in (("int8", 1e8), ("int8", math.nan), ("int4", math.inf), ("int4", math.nan)):
+        weights[name] = weights[name].clone()
+        weights[name][3, 5] = value
+        with pytest.raises(ValueError, match=f"{name} cannot be quantized: .* of {kind}"):
+            quantized.load({"one": weights}, params, "cpu", torch.float32, lambda n, s: s[0], kind)
+
+
+@pytest.mark.parametrize("kind", quantized.KINDS)
+def test_rows_of_no_whole_groups_stay(model, kind):
+    for changes in ({"dim": 48, "ffn_dim": 96}, {"ffn_dim": 100}):
+        params, weights = model(torch.float32, **changes)
+        how = {"one": weights}, params, "cpu", torch.float32, lambda n, s: s[0], kind
+        held = quantized.load(*how)
+        sizes = quantized.size_of(llama.weight_shapes(params), kind, torch.float32, False)
+        assert sum(w.nbytes for w in held.values()) == sizes
+        w2 = held["layers.0.feed_forward.w2.weight"]
+        assert quantized.is_quantized(w2) == ("dim" in changes)
+        tokens = some_tokens(params)
+        found = llama.forward(tokens, held, params)
+        expected = llama.forward(tokens, dequantized(weights, params, kind), params)
+        assert relative_error(found, expected) < 1e-5
 
 
 @pytest.mark.parametrize("rows, width", ((64, 64), (80, 160), (24, 96), (208, 32)))
@@ -249,6 +282,7 @@ def test_compiled_gives_what_eager_gives(kind, monkeypatch, model):
     monkeypatch.setattr(llama, "forward", quantized.for_quantized(llama.forward))
     torch._dynamo.reset()
     step, found = compiled.compiled_step(), []
+    monkeypatch.setattr(quantized, "one_row", None)  # 8 bits on a CPU go another way
     tokens = some_tokens(params, B=1, T=9)
     for run in (llama.forward, step):
         cache = llama.make_cache(held, params, 1, 64)

@@ -625,7 +625,9 @@ def in_bits(weights, kind):
             made[name] = w
         elif name == "output.weight" and w is weights["tok_embeddings.weight"]:
             made[name] = made["tok_embeddings.weight"]
-        elif kind == "int8" or w.shape[1] % quantized.GROUP:
+        elif w.shape[1] % quantized.GROUP:
+            made[name] = w
+        elif kind == "int8":
             made[name] = quantized.dequantize8(*quantized.quantize8(w))
         else:
             parts = [quantized.dequantize4(*quantized.quantize4(part)) for part in w.split(4096)]
