@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, read_params, relative_error, some_tokens
+from conftest import ROOT, SMALL, quick_python, read_params, relative_error, some_tokens
 from safetensors.torch import load_file, save_file
 
 import llama3_from_scratch as llama
@@ -26,8 +26,13 @@ SCRIPT = ROOT / "llama3_from_scratch.py"
 WORKER = ROOT / "tests" / "parallel_worker.py"
 
 
-def torchrun(N, *command, nodes=1, node=0, port=0):
-    """A started torchrun with N processes a node, its output piped, in a process group of its own."""
+def torchrun(N, *command, nodes=1, node=0, port=0, quick=True, stdin=subprocess.PIPE):
+    """A started torchrun with N processes a node, its output piped, in a process group of its own.
+
+    quick: torchrun itself and what it starts are forked from a process that has imported torch. Otherwise
+    the numbers of its processes are those of `workers`.
+    """
+    python = quick_python() if quick else sys.executable
     where = [
         "--nnodes",
         nodes,
@@ -48,12 +53,12 @@ def torchrun(N, *command, nodes=1, node=0, port=0):
     ]
     env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        stdin=subprocess.PIPE,
+        [python, *map(str, command)],
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=env,
+        env=env | {"PYTHON_EXEC": python},  # for torchrun
         start_new_session=True,
     )
 
@@ -347,7 +352,9 @@ def test_sizes_that_do_not_divide():
 def test_text_is_that_of_one_process(script):
     alone = script("Once upon a time", "--dtype", "float32", "--show", "none")
     code, out, err, _ = finished(
-        torchrun(2, SCRIPT, "Once upon a time", "--dtype", "float32", "--show", "first")
+        torchrun(
+            2, SCRIPT, "Once upon a time", "--dtype", "float32", "--show", "first", quick=False
+        )
     )
     assert (code, out) == (0, alone.stdout), err
     assert (
@@ -394,24 +401,7 @@ def test_process_0_decides_what_is_drawn(forks, tmp_path):
 def test_a_conversation_at_a_terminal():
     """Process 0 alone has the terminal; the others hear of each line, however long it takes to type."""
     terminal, ours = os.openpty()
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            "2",
-            SCRIPT,
-            "--chat",
-            "--show",
-            "none",
-        ],
-        stdin=ours,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    process = torchrun(2, SCRIPT, "--chat", "--show", "none", stdin=ours)
     os.close(ours)
     for line in (b"My name is Zoe.\n", b"What is my name?\n", b"\x04"):
         time.sleep(2)
@@ -440,7 +430,7 @@ def test_trace_is_that_of_one_process(script, folders, forks, tmp_path):
 
 def test_compiled(script):
     flags = ("Once upon a time", "--dtype", "float32", "--show", "none", "--max-new-tokens", "30")
-    flags += ("--layers", "2")
+    flags += ("--layers", "1")
     code, out, err, _ = finished(torchrun(2, SCRIPT, *flags, "--compile"), within=300)
     assert (code, out) == (0, script(*flags).stdout), err
     assert err.count("compiled the step") == 1
@@ -483,7 +473,7 @@ def started(process):
 
 
 def test_a_process_is_killed(endless):
-    process = torchrun(2, *endless)
+    process = torchrun(2, *endless, quick=False)
     started(process)
     (pid,) = [pid for pid, rank in workers(process) if rank == 1]
     began = time.monotonic()
@@ -495,7 +485,7 @@ def test_a_process_is_killed(endless):
     )
 
 
-def test_a_world_that_nobody_meant():
+def test_a_world_that_nobody_meant(script, monkeypatch):
     given = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for env, message in (
         (
@@ -507,9 +497,9 @@ def test_a_world_that_nobody_meant():
             "WORLD_SIZE is 'x', expected a number from 1 to 1000000; torchrun sets it",
         ),
     ):
-        command = [sys.executable, SCRIPT, "Hi"]
-        clean = {key: value for key, value in os.environ.items() if key not in given}
-        run = subprocess.run(command, capture_output=True, text=True, env=clean | env)
+        for name in given:
+            monkeypatch.delenv(name, raising=False)
+        run = script("Hi", env=env)
         assert (run.returncode, run.stdout, run.stderr) == (2, "", f"error: {message}\n")
 
 
@@ -564,8 +554,10 @@ def test_a_mistake_of_ours_shows(forks, tmp_path):
 def test_a_process_or_a_machine_hangs(endless):
     """One of two processes stops; and of two machines the first, with torchrun, which holds the store."""
     port = free_port()
-    alone = torchrun(2, *endless)
-    first, second = (torchrun(1, *endless, nodes=2, node=n, port=port) for n in range(2))
+    alone = torchrun(2, *endless, quick=False)
+    first, second = (
+        torchrun(1, *endless, nodes=2, node=n, port=port, quick=False) for n in range(2)
+    )
     for process in (alone, first):
         started(process)
     (rank_1,) = [pid for pid, rank in workers(alone) if rank == 1]
@@ -594,7 +586,7 @@ def test_a_process_or_a_machine_hangs(endless):
 
 
 def test_control_c(endless):
-    process = torchrun(2, *endless)
+    process = torchrun(2, *endless, quick=False)
     started(process)
     began = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)

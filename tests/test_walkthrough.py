@@ -5,12 +5,11 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, read_params
+from conftest import ROOT, quick_python, read_params
 
 TEXT = (ROOT / "walkthrough.md").read_text(encoding="utf-8")
 SCRIPT = (ROOT / "llama3_from_scratch.py").read_text(encoding="utf-8")
@@ -132,7 +131,7 @@ def test_the_script_changed_under_the_whole_document(tmp_path, without_smollm):
     changed = SCRIPT.replace("keepdim=True) + eps", "keepdim=True) + 9")
     assert changed != SCRIPT
     (tmp_path / "llama3_from_scratch.py").write_text(changed)
-    command = [sys.executable, str(tmp_path / "walkthrough" / "build.py"), "--check"]
+    command = [quick_python(), str(tmp_path / "walkthrough" / "build.py"), "--check"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=without_smollm)
     last = run.stderr.splitlines()[-1]
     assert run.returncode == 2 and re.fullmatch(
