@@ -39,6 +39,14 @@ SMALL = {
 }
 
 
+LONG = ("parallel", "compile", "gguf", "fuzz", "walkthrough")
+
+
+def pytest_collection_modifyitems(items):
+    """Files with tests of half a minute come first: at the end no process is to wait for one of another."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
+
+
 def read_params(folder):
     """All params of a folder in Meta's layout."""
     return llama.fill_params(json.loads((folder / "params.json").read_text()))

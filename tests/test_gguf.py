@@ -1,5 +1,6 @@
 """GGUF files, against the library's own numbers and against transformers' reading of the same file."""
 
+import functools
 import importlib.util
 import json
 import math
@@ -460,11 +461,15 @@ TEXTS = (
 )
 
 
-def test_smollm_as_transformers_reads_it(smollm):
+def test_smollm_as_transformers_reads_it(smollm, monkeypatch):
     """Logits in float32, token ids, chat ids, and the token that ends a text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from parts import chat
+
+    # transformers would read the header three times, eight seconds each, and make a table for each tensor
+    for slow in ("GGUFReader", "get_tensor_name_map"):
+        monkeypatch.setattr(gguf, slow, functools.cache(getattr(gguf, slow)))
 
     weights, params, tokenizer = model = llama.load_model(smollm, "cpu", "float32", quiet=True)
     named = {"pretrained_model_name_or_path": smollm.parent, "gguf_file": smollm.name}

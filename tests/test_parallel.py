@@ -271,7 +271,7 @@ def of_one_process(folders):
 @pytest.mark.parametrize("N", [2, 4, 8])
 def test_logits_and_tokens_are_those_of_one_process(folders, of_one_process, forks, tmp_path, N):
     """For every layout: fewer, as many and more processes than shards and than key/value heads."""
-    many = 100 if N == 2 else 30
+    many = {2: 100, 4: 30, 8: 8}[N]  # for one folder; the machine has fewer cores than 8
     news = {name: min(len(new), many) for name, (_, new) in of_one_process.items()}
     job = {"folders": {str(folders[name]): news[name] for name in news}, "tokens": TOKENS.tolist()}
     (tmp_path / "job").write_text(json.dumps(job))
@@ -284,9 +284,9 @@ def test_logits_and_tokens_are_those_of_one_process(folders, of_one_process, for
         assert torch.equal(found[f"{n}.new"], new[: news[name]]), name
 
 
-def test_each_process_holds_its_share_and_no_more(tmp_path):
-    """Resident memory after loading, of one file, of shards and of safetensors, from a model of 275 MB."""
-    sizes = SMALL | {"dim": 1024, "n_layers": 8, "vocab_size": 8192, "n_heads": 8, "n_kv_heads": 8}
+def test_each_process_holds_its_share_and_no_more(forks, tmp_path):
+    """Resident memory after loading, of one file, of shards and of safetensors, from a model of 150 MB."""
+    sizes = SMALL | {"dim": 1024, "n_layers": 4, "vocab_size": 8192, "n_heads": 8, "n_kv_heads": 8}
     folders = [
         random_checkpoint(tmp_path / "one", sizes),
         random_checkpoint(tmp_path / "eight", sizes, shards=8),
@@ -294,8 +294,8 @@ def test_each_process_holds_its_share_and_no_more(tmp_path):
     ]
     job = {"folders": {str(folder): 0 for folder in folders}, "tokens": [[1]]}
     (tmp_path / "job").write_text(json.dumps(job))
-    code, _, err, _ = finished(torchrun(4, WORKER, tmp_path / "job", tmp_path / "out"))
-    assert code == 0, err
+    for code, _, err in forks(*[(tmp_path / "job", tmp_path / "out")] * 4, program=WORKER):
+        assert code == 0, err
     weights = llama.load_model(folders[0])[0]
     whole = sum(w.nbytes for w in weights.values())
     own = whole / 4 + weights["tok_embeddings.weight"].nbytes * 3 / 4  # the embedding is everyone's
