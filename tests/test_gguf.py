@@ -1,6 +1,5 @@
 """GGUF files, against the library's own numbers and against transformers' reading of the same file."""
 
-import functools
 import importlib.util
 import json
 import math
@@ -14,7 +13,7 @@ import gguf
 import pytest
 import torch
 from conftest import SMALL, relative_error
-from gguf_files import KINDS, byte_letters, byte_level_fields, write_gguf
+from gguf_files import KINDS, byte_letters, byte_level_fields, read_once, write_gguf
 
 import llama3_from_scratch as llama
 from parts import gguf_file, layouts, parallel
@@ -467,9 +466,7 @@ def test_smollm_as_transformers_reads_it(smollm, monkeypatch):
 
     from parts import chat
 
-    # transformers would read the header three times, eight seconds each, and make a table for each tensor
-    for slow in ("GGUFReader", "get_tensor_name_map"):
-        monkeypatch.setattr(gguf, slow, functools.cache(getattr(gguf, slow)))
+    read_once(monkeypatch)
 
     weights, params, tokenizer = model = llama.load_model(smollm, "cpu", "float32", quiet=True)
     named = {"pretrained_model_name_or_path": smollm.parent, "gguf_file": smollm.name}
