@@ -76,11 +76,14 @@ def run(argv):
     """The program as __main__."""
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     argv, own, main = [*argv], True, types.ModuleType("__main__")
-    while argv[0] in ("-u", "-P"):
-        if argv.pop(0) == "-u":
+    while argv[0] not in ("-c", "-m") and argv[0].startswith("-"):
+        option = argv.pop(0)
+        if option == "-u":
             sys.stdout.reconfigure(write_through=True)
-        else:
+        elif option == "-P":
             own = False
+        else:
+            assert option == "-Xfrozen_modules=off", option  # which Jupyter gives its kernels
     kind = argv.pop(0) if argv[0] in ("-c", "-m") else ""
     folder = {"-c": "", "-m": os.getcwd(), "": os.path.dirname(os.path.realpath(argv[0]))}[kind]
     sys.path[:1] = [folder, *paths] if own else paths

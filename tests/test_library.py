@@ -3,6 +3,7 @@
 import ast
 import os
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -161,8 +162,9 @@ def checking_dims(sizes):
 # ------------------------------------------------------------------------------------ notebooks
 
 
-def test_main_and_run_in_a_notebook():
+def test_main_and_run_in_a_notebook(monkeypatch):
     nbformat = pytest.importorskip("nbformat")
+    monkeypatch.setattr(sys, "executable", quick_python())  # the kernel's
     from nbclient import NotebookClient
 
     cells = [

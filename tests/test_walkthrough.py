@@ -5,6 +5,7 @@ import json
 import os
 import re
 import subprocess
+import sys
 import time
 
 import pytest
@@ -402,6 +403,7 @@ def test_it_runs_as_a_notebook(without_smollm, monkeypatch):
         assert not target[0] or (path.parent / target[0]).exists(), target
         assert target[0] or target[1][1:] in headings, target
     monkeypatch.setenv("PYTHONPATH", without_smollm["PYTHONPATH"])
+    monkeypatch.setattr(sys, "executable", quick_python())  # the kernel's
     began = time.monotonic()
     resources = {"metadata": {"path": str(path.parent)}}
     NotebookClient(notebook, timeout=170, resources=resources).execute()
