@@ -94,7 +94,7 @@ def checkpoint(tmp_path):
 def quick_python():
     """The path of a program like python's that starts at once: forked from a process that has imported torch.
 
-    One test of each program starts it as people do, all the others so: see tests/quick.py.
+    How: tests/quick.py and tests/fork_server.py. Not for `-OO`, a locale, OMP_NUM_THREADS or `<(…)`.
     """
     if not hasattr(os, "pidfd_open"):
         return sys.executable
