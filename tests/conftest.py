@@ -1,8 +1,13 @@
+import atexit
+import functools
 import io
 import json
 import os
+import shlex
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -32,6 +37,14 @@ SMALL = {
     "rope_theta": 500000.0,
     "use_scaled_rope": True,
 }
+
+
+LONG = ("parallel", "compile", "gguf", "fuzz", "walkthrough")
+
+
+def pytest_collection_modifyitems(items):
+    """Files with tests of half a minute come first: at the end no process is to wait for one of another."""
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
 
 
 def read_params(folder):
@@ -75,6 +88,32 @@ def checkpoint(tmp_path):
         )
 
     return make
+
+
+@functools.cache
+def quick_python():
+    """The path of a program like python's that starts at once: forked from a process that has imported torch.
+
+    How: tests/quick.py and tests/fork_server.py. Not for `-OO`, a locale, OMP_NUM_THREADS or `<(…)`.
+    """
+    if not hasattr(os, "pidfd_open"):
+        return sys.executable
+    folder = tempfile.mkdtemp(prefix="quick")
+    program, place = f"{folder}/python", f"{folder}/socket"
+    server = subprocess.Popen(
+        [sys.executable, ROOT / "tests" / "fork_server.py", place],
+        stdin=subprocess.PIPE,  # it ends with this process, which holds the other end
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+        cwd=ROOT,
+    )
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(server.communicate)
+    assert server.stdout.readline() == b"ready\n"
+    start = shlex.join([sys.executable, "-I", "-S", str(ROOT / "tests" / "quick.py"), place])
+    Path(program).write_text(f'#!/bin/sh\nexec {start} "$@"\n')
+    os.chmod(program, 0o755)
+    return program
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """GGUF files for the tests, written with the library's own writer."""
 
+import functools
+
 import gguf
 import numpy as np
 import torch
@@ -7,6 +9,12 @@ import torch
 import llama3_from_scratch as llama
 
 KINDS = gguf.GGMLQuantizationType
+
+
+def read_once(monkeypatch):
+    """transformers would read a file's header three times, seconds each, and make a table for each tensor."""
+    for slow in ("GGUFReader", "get_tensor_name_map"):
+        monkeypatch.setattr(gguf, slow, functools.cache(getattr(gguf, slow)))
 
 
 def byte_letters():

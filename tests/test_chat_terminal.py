@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, relative_error
+from conftest import ROOT, quick_python, relative_error
 
 import llama3_from_scratch as llama
 from parts import commandline, conversation, eager
@@ -22,15 +22,14 @@ pytest.importorskip("readline")
 class Screen:
     """The script at a terminal of 80 columns, and what one sees there."""
 
-    def __init__(self, *arguments, cwd=ROOT, **env):
+    def __init__(self, *arguments, cwd=ROOT, python=None, **env):
         self.screen = pyte.Screen(80, 60)
         self.stream = pyte.ByteStream(self.screen)
         command = [str(ROOT / "llama3_from_scratch.py"), *map(str, arguments)]
         env = os.environ | {"TERM": "xterm-256color"} | env
         env.pop("NO_COLOR", None)
-        self.program = pexpect.spawn(
-            sys.executable, command, dimensions=(60, 80), env=env, cwd=str(cwd)
-        )
+        python = python or quick_python()
+        self.program = pexpect.spawn(python, command, dimensions=(60, 80), env=env, cwd=str(cwd))
 
     def lines(self):
         return "\n".join(line.rstrip() for line in self.screen.display).rstrip()
@@ -69,7 +68,7 @@ class Screen:
 def test_a_conversation_on_the_screen(tmp_path):
     kept, other = tmp_path / "my talk.json", tmp_path / "other.json"
     other.write_text("{}")
-    terminal = Screen("--chat", "--system", "Be brief.", cwd=tmp_path)
+    terminal = Screen("--chat", "--system", "Be brief.", cwd=tmp_path, python=sys.executable)
     opening = terminal.until(r"^>\Z")
     assert "/help" in opening and "Ctrl-D ends" in opening
     first = terminal.says("My name is Ada.\r", "peak memory")

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, full_params, read_params
+from conftest import ROOT, SMALL, full_params, quick_python, read_params
 
 import llama3_from_scratch as llama
 from tools.random_checkpoint import random_checkpoint, random_weights
@@ -110,25 +110,27 @@ def test_converting_peaks_at_the_model_plus_one_tensor(tmp_path):
     folder = random_checkpoint(tmp_path / "big", params, shards=4)
     code = (
         f"import torch; folder = {str(folder)!r};"
-        "import llama3_from_scratch as l; from parts import layouts; print('ready', flush=True); input();"
+        "import llama3_from_scratch as l, os; from parts import layouts; print(os.getpid(), flush=True);"
+        "input();"
         "w, *_ = l.load_model(folder, dtype=torch.float32, quiet=True);"
         "print(sum(t.nbytes for t in w.values()), max(t.nbytes for t in w.values()), flush=True)"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code],
+        [quick_python(), "-c", code],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
 
+    number = int(process.stdout.readline())  # once it is ready
+
     def anonymous():
-        with open(f"/proc/{process.pid}/status") as status:
+        with open(f"/proc/{number}/status") as status:
             return next(
                 int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon")
             )
 
-    assert process.stdout.readline() == "ready\n"
     before, peak, done = anonymous(), 0, threading.Event()
 
     def watch():

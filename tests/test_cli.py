@@ -12,7 +12,15 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, full_params, read_params, relative_error, some_tokens
+from conftest import (
+    ROOT,
+    SMALL,
+    full_params,
+    quick_python,
+    read_params,
+    relative_error,
+    some_tokens,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -23,14 +31,14 @@ from tools.random_checkpoint import random_weights
 SCRIPT = str(ROOT / "llama3_from_scratch.py")
 
 
-def fresh(*arguments, **options):
+def fresh(*arguments, python=None, **options):
     """The command line in a process of its own."""
-    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    command = [python or quick_python(), SCRIPT, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=100, **options)
 
 
 def test_the_first_command_anyone_runs():
-    result = fresh("Once upon a time")
+    result = fresh("Once upon a time", python=sys.executable)
     assert result.returncode == 0
     assert len(result.stdout.split()) > 40 and result.stdout.endswith("\n")
     lines = result.stderr.splitlines()
@@ -266,7 +274,7 @@ def test_a_long_prompt_does_not_need_much_memory(tmp_path):
         "llama.forward(tokens, weights, params, cache); print((peak() - before) / 1e3)"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code.format(tmp=str(tmp_path))],
+        [quick_python(), "-c", code.format(tmp=str(tmp_path))],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
@@ -280,10 +288,11 @@ class Terminal:
     """A pseudo-terminal with the script on it."""
 
     def __init__(self, *arguments):
+        python = quick_python()
         self.process, self.fd = pty.fork()
         if self.process == 0:
             os.chdir(ROOT)
-            os.execv(sys.executable, [sys.executable, SCRIPT, *arguments])
+            os.execv(python, [python, SCRIPT, *arguments])
         self.seen = ""
 
     def until(self, text, seconds=60):
@@ -353,7 +362,7 @@ def test_odd_lines_do_not_end_a_conversation():
 def test_ctrl_c_keeps_what_was_written(checkpoint):
     process = subprocess.Popen(
         [
-            sys.executable,
+            quick_python(),
             SCRIPT,
             "Hi",
             "--weights",
@@ -375,7 +384,7 @@ def test_ctrl_c_keeps_what_was_written(checkpoint):
 def test_a_closed_pipe_ends_quietly(checkpoint):
     folder = checkpoint(max_seq_len=100_000)
     flags = f"Hi --weights {folder} --show none --max-new-tokens 90000"
-    command = f"{sys.executable} {SCRIPT} {flags} | head -c 5"
+    command = f"{quick_python()} {SCRIPT} {flags} | head -c 5"
     result = subprocess.run(["bash", "-c", command], capture_output=True, timeout=100)
     assert (
         len(result.stdout) == 5
@@ -474,7 +483,7 @@ def test_bytes_that_are_no_utf8(script):
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.splitlines()[-1] == "error: the prompt is not valid UTF-8"
     run = subprocess.run(
-        [sys.executable.encode(), SCRIPT.encode(), b"\xff"], capture_output=True, cwd=ROOT
+        [quick_python().encode(), SCRIPT.encode(), b"\xff"], capture_output=True, cwd=ROOT
     )
     assert run.returncode == 2 and b"error: the prompt is not valid UTF-8" in run.stderr
     assert script(input="").returncode == 2
@@ -609,7 +618,7 @@ def test_a_mistake_does_not_end_a_conversation(checkpoint):
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
 def test_closed_streams(closed):
-    command = f"{sys.executable} {SCRIPT} Hi --max-new-tokens 2 {closed}"
+    command = f"{quick_python()} {SCRIPT} Hi --max-new-tokens 2 {closed}"
     result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=100)
     assert result.returncode == 0 and "Traceback" not in result.stderr
     assert "Meta layout" not in result.stdout

@@ -4,11 +4,10 @@ import base64
 import json
 import re
 import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT, random_checkpoint
+from conftest import ROOT, quick_python, random_checkpoint
 from mistaken_port import port
 from references import metas_reference, to_halves
 from safetensors.torch import load, load_file, save_file
@@ -352,7 +351,7 @@ def test_the_recipe_for_metas_reference_in_docs(tmp_path, capsys):
         here = recipe.replace("128000, 12805, 5304, 264, 892", ", ".join(map(str, ids)))
         # In a process of its own: it starts torch.distributed.
         subprocess.run(
-            [sys.executable, "-c", here], cwd=folder.parent, check=True, capture_output=True
+            [quick_python(), "-c", here], cwd=folder.parent, check=True, capture_output=True
         )
         code, found = ask(capsys, folder, folder.parent / "theirs.safetensors")
         assert len(found["tensors"]) == 1 + 3 * 9 + 2, found

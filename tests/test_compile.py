@@ -29,6 +29,12 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def anew():
+    """As in a new process: sizes that an earlier test had are not taken for sizes that change."""
+    torch._dynamo.reset()
+
+
 def graphs():
     return counters["stats"]["unique_graphs"]
 

@@ -16,7 +16,7 @@ import pyte
 import pytest
 import tomllib
 import torch
-from conftest import ROOT
+from conftest import ROOT, quick_python
 from readme_snippets import PAGES, snippets_of
 from references import float64_loop
 
@@ -247,7 +247,7 @@ def test_a_session_in_the_debugger():
     screen = pyte.Screen(100, 200)
     stream = pyte.Stream(screen)
     child = pexpect.spawn(
-        sys.executable,
+        quick_python(),
         [str(ROOT / program), *words],
         dimensions=(200, 100),
         encoding="utf-8",
@@ -284,8 +284,9 @@ def test_the_story_in_the_readme_is_what_a_run_writes(script):
     )
 
 
-def test_the_picture_is_what_a_run_prints():
+def test_the_picture_is_what_a_run_prints(monkeypatch):
     """python docs/make_first_run.py makes it again."""
+    monkeypatch.setattr(sys, "executable", quick_python())
     screen, written, _ = make_first_run.screen_of(make_first_run.COMMAND)
     shown = make_first_run.picture(screen, written, make_first_run.COMMAND)
 

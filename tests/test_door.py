@@ -18,7 +18,7 @@ from pathlib import Path
 import blobfile
 import pytest
 import torch
-from conftest import ROOT, SMALL, full_params, relative_error, some_tokens
+from conftest import ROOT, SMALL, full_params, quick_python, relative_error, some_tokens
 from references import hugging_face_model, metas_reference, to_halves
 from safetensors.torch import load_file, save_file
 
@@ -288,7 +288,6 @@ def test_the_script_copied_out_alone_still_reads_metas_layout(checkpoint, tmp_pa
     (tmp_path / "alone").mkdir()
     shutil.copy(ROOT / "llama3_from_scratch.py", tmp_path / "alone")
     command = [
-        sys.executable,
         "-P",
         "llama3_from_scratch.py",
         "Hi",
@@ -299,9 +298,17 @@ def test_the_script_copied_out_alone_still_reads_metas_layout(checkpoint, tmp_pa
         "--rope-scaling-factor",
         "5",
     ]
-    run = subprocess.run(
-        command, cwd=tmp_path / "alone", capture_output=True, text=True, env={"PATH": ""}
-    )
+
+    def started(python):
+        return subprocess.run(
+            [python, *command],
+            cwd=tmp_path / "alone",
+            capture_output=True,
+            text=True,
+            env={"PATH": ""},
+        )
+
+    run = started(sys.executable)
     assert run.returncode == 0, run.stderr
     assert "Meta layout, 2 shards, RoPE scaling 5\n" in run.stderr
     assert "and the same in the other 2 layers" in run.stderr
@@ -313,19 +320,13 @@ def test_the_script_copied_out_alone_still_reads_metas_layout(checkpoint, tmp_pa
             for record in records.infolist():
                 archive.writestr(record.filename, records.read(record))
         shutil.move(tmp_path / "again", shard)
-    run = subprocess.run(
-        command, cwd=tmp_path / "alone", capture_output=True, text=True, env={"PATH": ""}
-    )
+    run = started(quick_python())
     assert run.stdout == said, run.stderr
     (folder / "consolidated.00.pth").unlink()
-    run = subprocess.run(
-        command, cwd=tmp_path / "alone", capture_output=True, text=True, env={"PATH": ""}
-    )
+    run = started(quick_python())
     assert run.returncode == 2 and run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
     (folder / "params.json").unlink()
-    run = subprocess.run(
-        command, cwd=tmp_path / "alone", capture_output=True, text=True, env={"PATH": ""}
-    )
+    run = started(quick_python())
     assert run.stderr == f"error: No such file or directory: '{folder}/params.json'\n"
 
 

@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, quick_python
 from fake_hub import COMMIT, fake_hub
 
 import llama3_from_scratch as llama
@@ -134,7 +134,7 @@ def start(tmp_path, request):
     """
     started = []
 
-    def begin(*arguments, url=None, before="", **environment):
+    def begin(*arguments, url=None, before="", python=None, **environment):
         url = url or request.getfixturevalue("hub").url
         home = {"HOME": str(tmp_path), "HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": url}
         script = [str(ROOT / "weights" / "download.py")]
@@ -143,7 +143,7 @@ def start(tmp_path, request):
             script = ["-c", f"{run}; sys.exit(download.main())"]
         started.append(
             subprocess.Popen(
-                [sys.executable, *script, *map(str, arguments)],
+                [python or quick_python(), *script, *map(str, arguments)],
                 cwd=ROOT,
                 env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", **home, **environment},
                 stdout=subprocess.PIPE,
@@ -404,7 +404,7 @@ def test_no_space(hub, download, tmp_path):
 
 
 def test_list(download):
-    result = download("--list", url=closed_port())
+    result = download("--list", url=closed_port(), python=sys.executable)
     head, *lines = result.stdout.splitlines()
     assert (result.returncode, result.stderr) == (0, "") and head.split() == [
         "NAME",

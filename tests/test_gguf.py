@@ -13,7 +13,7 @@ import gguf
 import pytest
 import torch
 from conftest import SMALL, relative_error
-from gguf_files import KINDS, byte_letters, byte_level_fields, write_gguf
+from gguf_files import KINDS, byte_letters, byte_level_fields, read_once, write_gguf
 
 import llama3_from_scratch as llama
 from parts import gguf_file, layouts, parallel
@@ -460,11 +460,13 @@ TEXTS = (
 )
 
 
-def test_smollm_as_transformers_reads_it(smollm):
+def test_smollm_as_transformers_reads_it(smollm, monkeypatch):
     """Logits in float32, token ids, chat ids, and the token that ends a text."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from parts import chat
+
+    read_once(monkeypatch)
 
     weights, params, tokenizer = model = llama.load_model(smollm, "cpu", "float32", quiet=True)
     named = {"pretrained_model_name_or_path": smollm.parent, "gguf_file": smollm.name}

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, some_tokens, traced
+from conftest import ROOT, SMALL, quick_python, some_tokens, traced
 from safetensors.torch import save_file
 
 import llama3_from_scratch as llama
@@ -543,7 +543,8 @@ def test_a_full_disk(trace, tmp_path, tool):
     if tool == "compare":
         save_file(trace, tmp_path / "t.safetensors")
         command = ["tools/compare.py", str(tmp_path / "t.safetensors")]
-    run = shell(shlex.join([sys.executable, *command]) + " > /dev/full")
+    python = sys.executable if tool == "compare" else quick_python()
+    run = shell(shlex.join([python, *command]) + " > /dev/full")
     last = run.stderr.splitlines()[-1]
     assert run.returncode == 2 and "Traceback" not in run.stderr and "Exception" not in run.stderr
     assert last == "error: standard output cannot be written (No space left on device)"
@@ -551,7 +552,7 @@ def test_a_full_disk(trace, tmp_path, tool):
 
 @pytest.mark.parametrize("tool", ["help", "list"])
 def test_a_reader_that_has_gone(tool):
-    run = shell(shlex.join([sys.executable, *TOOLS[tool]]) + " | true; exit ${PIPESTATUS[0]}")
+    run = shell(shlex.join([quick_python(), *TOOLS[tool]]) + " | true; exit ${PIPESTATUS[0]}")
     assert (run.returncode, run.stderr) == (0, "")
 
 

@@ -7,23 +7,12 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, some_tokens
+from conftest import ROOT, quick_python, some_tokens
 
 import llama3_from_scratch as llama
 from parts import commandline, inside
 
 SCRIPT = ROOT / "llama3_from_scratch.py"
-
-
-def run(code, **options):
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        **options,
-    )
 
 
 # ------------------------------------------------------------------------------------ one copy
@@ -44,7 +33,7 @@ def test_one_copy_of_the_script_also_when_it_is_run(tmp_path):
     flags = ["Hi", "--break-at", "layers.0.out", "--max-new-tokens", "1", "--show", "none"]
     env = os.environ | {"PYTHONBREAKPOINT": "look.now", "PYTHONPATH": str(tmp_path)}
     result = subprocess.run(
-        [sys.executable, SCRIPT, *flags], capture_output=True, text=True, env=env
+        [quick_python(), SCRIPT, *flags], capture_output=True, text=True, env=env
     )
     assert result.returncode == 0 and result.stdout.startswith("one copy"), result.stderr
 
@@ -173,8 +162,9 @@ def checking_dims(sizes):
 # ------------------------------------------------------------------------------------ notebooks
 
 
-def test_main_and_run_in_a_notebook():
+def test_main_and_run_in_a_notebook(monkeypatch):
     nbformat = pytest.importorskip("nbformat")
+    monkeypatch.setattr(sys, "executable", quick_python())  # the kernel's
     from nbclient import NotebookClient
 
     cells = [

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, read_params, relative_error, some_tokens
+from conftest import ROOT, SMALL, quick_python, read_params, relative_error, some_tokens
 from safetensors.torch import load_file, save_file
 
 import llama3_from_scratch as llama
@@ -26,8 +26,13 @@ SCRIPT = ROOT / "llama3_from_scratch.py"
 WORKER = ROOT / "tests" / "parallel_worker.py"
 
 
-def torchrun(N, *command, nodes=1, node=0, port=0):
-    """A started torchrun with N processes a node, its output piped, in a process group of its own."""
+def torchrun(N, *command, nodes=1, node=0, port=0, quick=True, stdin=subprocess.PIPE):
+    """A started torchrun with N processes a node, its output piped, in a process group of its own.
+
+    quick: torchrun itself and what it starts are forked from a process that has imported torch. Otherwise
+    the numbers of its processes are those of `workers`.
+    """
+    python = quick_python() if quick else sys.executable
     where = [
         "--nnodes",
         nodes,
@@ -48,12 +53,12 @@ def torchrun(N, *command, nodes=1, node=0, port=0):
     ]
     env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        stdin=subprocess.PIPE,
+        [python, *map(str, command)],
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=env,
+        env=env | {"PYTHON_EXEC": python},  # for torchrun
         start_new_session=True,
     )
 
@@ -266,7 +271,7 @@ def of_one_process(folders):
 @pytest.mark.parametrize("N", [2, 4, 8])
 def test_logits_and_tokens_are_those_of_one_process(folders, of_one_process, forks, tmp_path, N):
     """For every layout: fewer, as many and more processes than shards and than key/value heads."""
-    many = 100 if N == 2 else 30
+    many = {2: 100, 4: 30, 8: 8}[N]  # for one folder; the machine has fewer cores than 8
     news = {name: min(len(new), many) for name, (_, new) in of_one_process.items()}
     job = {"folders": {str(folders[name]): news[name] for name in news}, "tokens": TOKENS.tolist()}
     (tmp_path / "job").write_text(json.dumps(job))
@@ -279,9 +284,9 @@ def test_logits_and_tokens_are_those_of_one_process(folders, of_one_process, for
         assert torch.equal(found[f"{n}.new"], new[: news[name]]), name
 
 
-def test_each_process_holds_its_share_and_no_more(tmp_path):
-    """Resident memory after loading, of one file, of shards and of safetensors, from a model of 275 MB."""
-    sizes = SMALL | {"dim": 1024, "n_layers": 8, "vocab_size": 8192, "n_heads": 8, "n_kv_heads": 8}
+def test_each_process_holds_its_share_and_no_more(forks, tmp_path):
+    """Resident memory after loading, of one file, of shards and of safetensors, from a model of 150 MB."""
+    sizes = SMALL | {"dim": 1024, "n_layers": 4, "vocab_size": 8192, "n_heads": 8, "n_kv_heads": 8}
     folders = [
         random_checkpoint(tmp_path / "one", sizes),
         random_checkpoint(tmp_path / "eight", sizes, shards=8),
@@ -289,8 +294,8 @@ def test_each_process_holds_its_share_and_no_more(tmp_path):
     ]
     job = {"folders": {str(folder): 0 for folder in folders}, "tokens": [[1]]}
     (tmp_path / "job").write_text(json.dumps(job))
-    code, _, err, _ = finished(torchrun(4, WORKER, tmp_path / "job", tmp_path / "out"))
-    assert code == 0, err
+    for code, _, err in forks(*[(tmp_path / "job", tmp_path / "out")] * 4, program=WORKER):
+        assert code == 0, err
     weights = llama.load_model(folders[0])[0]
     whole = sum(w.nbytes for w in weights.values())
     own = whole / 4 + weights["tok_embeddings.weight"].nbytes * 3 / 4  # the embedding is everyone's
@@ -347,7 +352,9 @@ def test_sizes_that_do_not_divide():
 def test_text_is_that_of_one_process(script):
     alone = script("Once upon a time", "--dtype", "float32", "--show", "none")
     code, out, err, _ = finished(
-        torchrun(2, SCRIPT, "Once upon a time", "--dtype", "float32", "--show", "first")
+        torchrun(
+            2, SCRIPT, "Once upon a time", "--dtype", "float32", "--show", "first", quick=False
+        )
     )
     assert (code, out) == (0, alone.stdout), err
     assert (
@@ -394,24 +401,7 @@ def test_process_0_decides_what_is_drawn(forks, tmp_path):
 def test_a_conversation_at_a_terminal():
     """Process 0 alone has the terminal; the others hear of each line, however long it takes to type."""
     terminal, ours = os.openpty()
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc-per-node",
-            "2",
-            SCRIPT,
-            "--chat",
-            "--show",
-            "none",
-        ],
-        stdin=ours,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    process = torchrun(2, SCRIPT, "--chat", "--show", "none", stdin=ours)
     os.close(ours)
     for line in (b"My name is Zoe.\n", b"What is my name?\n", b"\x04"):
         time.sleep(2)
@@ -440,7 +430,7 @@ def test_trace_is_that_of_one_process(script, folders, forks, tmp_path):
 
 def test_compiled(script):
     flags = ("Once upon a time", "--dtype", "float32", "--show", "none", "--max-new-tokens", "30")
-    flags += ("--layers", "2")
+    flags += ("--layers", "1")
     code, out, err, _ = finished(torchrun(2, SCRIPT, *flags, "--compile"), within=300)
     assert (code, out) == (0, script(*flags).stdout), err
     assert err.count("compiled the step") == 1
@@ -483,7 +473,7 @@ def started(process):
 
 
 def test_a_process_is_killed(endless):
-    process = torchrun(2, *endless)
+    process = torchrun(2, *endless, quick=False)
     started(process)
     (pid,) = [pid for pid, rank in workers(process) if rank == 1]
     began = time.monotonic()
@@ -495,7 +485,7 @@ def test_a_process_is_killed(endless):
     )
 
 
-def test_a_world_that_nobody_meant():
+def test_a_world_that_nobody_meant(script, monkeypatch):
     given = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for env, message in (
         (
@@ -507,9 +497,9 @@ def test_a_world_that_nobody_meant():
             "WORLD_SIZE is 'x', expected a number from 1 to 1000000; torchrun sets it",
         ),
     ):
-        command = [sys.executable, SCRIPT, "Hi"]
-        clean = {key: value for key, value in os.environ.items() if key not in given}
-        run = subprocess.run(command, capture_output=True, text=True, env=clean | env)
+        for name in given:
+            monkeypatch.delenv(name, raising=False)
+        run = script("Hi", env=env)
         assert (run.returncode, run.stdout, run.stderr) == (2, "", f"error: {message}\n")
 
 
@@ -564,8 +554,10 @@ def test_a_mistake_of_ours_shows(forks, tmp_path):
 def test_a_process_or_a_machine_hangs(endless):
     """One of two processes stops; and of two machines the first, with torchrun, which holds the store."""
     port = free_port()
-    alone = torchrun(2, *endless)
-    first, second = (torchrun(1, *endless, nodes=2, node=n, port=port) for n in range(2))
+    alone = torchrun(2, *endless, quick=False)
+    first, second = (
+        torchrun(1, *endless, nodes=2, node=n, port=port, quick=False) for n in range(2)
+    )
     for process in (alone, first):
         started(process)
     (rank_1,) = [pid for pid, rank in workers(alone) if rank == 1]
@@ -594,7 +586,7 @@ def test_a_process_or_a_machine_hangs(endless):
 
 
 def test_control_c(endless):
-    process = torchrun(2, *endless)
+    process = torchrun(2, *endless, quick=False)
     started(process)
     began = time.monotonic()
     os.killpg(process.pid, signal.SIGINT)

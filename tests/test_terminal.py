@@ -11,7 +11,7 @@ import pexpect
 import pyte
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, quick_python
 
 import llama3_from_scratch as llama
 from parts import commandline, progress, span, table
@@ -564,7 +564,7 @@ def test_a_real_terminal(columns):
     """In a process of its own, as a newcomer runs it: the same screen, and Ctrl-C leaves it clean."""
     env = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS")}
     child = pexpect.spawn(
-        sys.executable,
+        sys.executable if columns == 80 else quick_python(),
         [SCRIPT, "Once upon a time", "--max-new-tokens", "9"],
         cwd=str(ROOT),
         env=env | {"TERM": "xterm"},

@@ -27,6 +27,8 @@ CHROMIUM = next(
 )
 QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
 QUIET += " --disable-component-update --disable-sync"
+# Each page would come with two more, of the address bar that nobody sees: a second of work.
+QUIET += " --disable-features=WebUIOmniboxPopup,WebUIOmniboxAimPopup"
 LISTED = "localStorage.setItem('llama3-viewer-list', 'open')"  # as who prefers names to the map
 PROMPT = "the answer to the ultimate question of life, the universe"
 

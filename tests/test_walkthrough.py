@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, read_params
+from conftest import ROOT, quick_python, read_params
 
 TEXT = (ROOT / "walkthrough.md").read_text(encoding="utf-8")
 SCRIPT = (ROOT / "llama3_from_scratch.py").read_text(encoding="utf-8")
@@ -132,7 +132,7 @@ def test_the_script_changed_under_the_whole_document(tmp_path, without_smollm):
     changed = SCRIPT.replace("keepdim=True) + eps", "keepdim=True) + 9")
     assert changed != SCRIPT
     (tmp_path / "llama3_from_scratch.py").write_text(changed)
-    command = [sys.executable, str(tmp_path / "walkthrough" / "build.py"), "--check"]
+    command = [quick_python(), str(tmp_path / "walkthrough" / "build.py"), "--check"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=without_smollm)
     last = run.stderr.splitlines()[-1]
     assert run.returncode == 2 and re.fullmatch(
@@ -403,6 +403,7 @@ def test_it_runs_as_a_notebook(without_smollm, monkeypatch):
         assert not target[0] or (path.parent / target[0]).exists(), target
         assert target[0] or target[1][1:] in headings, target
     monkeypatch.setenv("PYTHONPATH", without_smollm["PYTHONPATH"])
+    monkeypatch.setattr(sys, "executable", quick_python())  # the kernel's
     began = time.monotonic()
     resources = {"metadata": {"path": str(path.parent)}}
     NotebookClient(notebook, timeout=170, resources=resources).execute()

@@ -147,6 +147,11 @@ def aligned(x, y):
 
 def relative_error(x, y):
     """The norm of the difference, as a part of y's. -inf agrees with -inf alone."""
+    if x.shape == y.shape:
+        ours = y.double()
+        error = (x.double() - ours).norm() / ours.norm().clamp_min(1e-30)
+        if error.isfinite():  # nothing is infinite: no mask, and most tensors have none
+            return error.item()
     x, y = aligned(x, y)
     same = (x == y) & x.isinf()
     apart = (x - y).masked_fill(same, 0)
