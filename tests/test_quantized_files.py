@@ -359,7 +359,7 @@ DAMAGES = {
     "a row too few": (put(WQ, lambda w: w[1:]), r"expected uint8 \(64, 40\) .* in int4, found uint8 \(63"),
     "dtype": (put(WQ, lambda w: w.view(torch.int8)), r"expected uint8 .*, found int8"),
     "not quantized": (put(WQ, lambda w: torch.zeros(64, 64)), r"found float32 \(64, 64\)"),
-    "norm in bytes": (put("norm.weight", lambda w: w.view(torch.int8)), "norm.weight: expected plain numbers"),
+    "norm in bytes": (put("norm.weight", lambda w: w.view(torch.int8)), "norm.weight: expected plain"),
     "NaN": (put(WQ, scaled(float("nan"))), "has a scale that is not finite; it is damaged"),
     "inf": (put("output.weight", scaled(float("inf"))), "has a scale that is not finite"),
 }  # fmt: skip
