@@ -26,6 +26,7 @@ from parts.rewritings import computed
 KINDS = ("int8", "int4")
 GROUP = 32  # numbers of a row that share a scale
 SMALLEST = 2.0**-24  # of float16, so that no group is divided by 0
+MANY = 64  # rows, for which it pays to turn a matrix back into float32
 SLAB = 2**18  # numbers taken at once, which with all they need stay in a cache
 
 
@@ -403,14 +404,24 @@ def one_row(x: Tensor, w: Tensor) -> Tensor:
     return total.sum(-1)[None]
 
 
+def kernel_is_fast(x: Tensor) -> bool:
+    """Does PyTorch's kernel of 4 bits multiply several rows x (N D) faster than plain_product?
+
+    In bfloat16, unless they are many and the CPU has products in float32 alone; in float32 it is slow.
+    """
+    if x.dtype != torch.bfloat16:
+        return False
+    return torch.compiler.is_compiling() or x.shape[0] < MANY or not eager.float32_alone()
+
+
 def product(x: Tensor, w: Tensor) -> Tensor:
     """x (N D) times a quantized matrix (F D): by what is fastest for it (tools/bench_results.md).
 
     PyTorch's kernel of 4 bits takes tensors that are in memory, also where it is compiled in: so its
-    arguments are computed. In float32 it is slow for several rows.
+    arguments are computed.
     """
     one = x.shape[0] == 1  # len would make a compiler write code for this number of rows alone
-    if w.dtype == torch.uint8 and (x.dtype == torch.bfloat16 or one):
+    if w.dtype == torch.uint8 and (one or kernel_is_fast(x)):
         numbers, beside = split(w)
         kernel = torch._weight_int4pack_mm_for_cpu
         return kernel(computed(x), numbers, GROUP, computed(beside.to(x.dtype)))
