@@ -160,6 +160,8 @@ def talk(script, monkeypatch, typed, at_step=(), at_prefill=(), **flags):
 
     def counted(kind, at, work):
         def run(*given, **more):
+            if kind == "step" and given[0].shape[1] > 1:  # the same function reads a prompt
+                return work(*given, **more)
             count[kind] += 1
             result = work(*given, **more)
             if count[kind] in at:
