@@ -20,6 +20,7 @@ import torch.fx.experimental._config
 from torch import Tensor
 from torch._dynamo import mark_dynamic
 from torch._dynamo.utils import counters
+from torch._inductor import cpp_builder
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
@@ -54,6 +55,14 @@ def rewritten(
     return compile_fx(graph, inputs, config_patches=options)
 
 
+def is_gcc() -> bool:
+    """Will Inductor call GCC? Without any compiler it will not; that is said when it is called."""
+    try:
+        return sys.platform == "linux" and cpp_builder.is_gcc()
+    except InvalidCxxCompiler:
+        return False
+
+
 def compiled_forward(
     device: str,
     many: bool = False,
@@ -82,7 +91,7 @@ def compiled_forward(
             # loop is computed before it, not again for each row of the weights.
             options |= {"cpp_wrapper": processes()[1] == 1, "realize_reads_threshold": 0}
             rewrites = [rewritings.with_loops]
-        if in_8_bits and sys.platform == "linux" and hasattr(torch._inductor.config.cpp, "march"):
+        if in_8_bits and is_gcc() and hasattr(torch._inductor.config.cpp, "march"):
             # Loops over numbers of 16 bits Inductor leaves to the compiler, and forbids GCC to use more than
             # one number at a time. It has no option for flags; this is the last of its flags.
             options |= {"cpp.march": "native -ftree-loop-vectorize"}
