@@ -20,12 +20,11 @@ import torch.fx.experimental._config
 from torch import Tensor
 from torch._dynamo import mark_dynamic
 from torch._dynamo.utils import counters
-from torch._inductor import cpp_builder
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 import llama3_from_scratch as llama
-from parts import eager, processes, rewritings
+from parts import eager, processes, quantized, rewritings
 from parts.progress import progress
 
 FAR = 4096  # positions from which on attention takes another form
@@ -55,12 +54,9 @@ def rewritten(
     return compile_fx(graph, inputs, config_patches=options)
 
 
-def is_gcc() -> bool:
-    """Will Inductor call GCC? Without any compiler it will not; that is said when it is called."""
-    try:
-        return sys.platform == "linux" and cpp_builder.is_gcc()
-    except InvalidCxxCompiler:
-        return False
+def words_are_fast(x: Tensor) -> bool:
+    """Is one token in 4 bits faster by words than by PyTorch's kernel here? Measured where a CPU has AVX2."""
+    return x.is_cpu and torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
 def compiled_forward(
@@ -68,12 +64,12 @@ def compiled_forward(
     many: bool = False,
     far: bool = False,
     prompt: bool = False,
-    in_8_bits: bool = False,
+    quantized: bool = False,
 ) -> Any:
     """`forward` for one use: one token of one row, or of many, far into a text or not, or a prompt.
 
     It is compiled when it is first called, for any number of positions, of rows if many, of tokens if prompt.
-    in_8_bits: for weights of parts/quantized.py in 8 bits.
+    quantized: for weights of parts/quantized.py.
     """
     pieces = functools.partial(
         rewritings.with_attention, attention=rewritings.one_query_in_pieces, more=(PIECE,)
@@ -91,10 +87,11 @@ def compiled_forward(
             # loop is computed before it, not again for each row of the weights.
             options |= {"cpp_wrapper": processes()[1] == 1, "realize_reads_threshold": 0}
             rewrites = [rewritings.with_loops]
-        if in_8_bits and is_gcc() and hasattr(torch._inductor.config.cpp, "march"):
-            # Loops over numbers of 16 bits Inductor leaves to the compiler, and forbids GCC to use more than
-            # one number at a time. It has no option for flags; this is the last of its flags.
-            options |= {"cpp.march": "native -ftree-loop-vectorize"}
+            if quantized:
+                # The C++ around the loops cannot be made with a loop that is used more than once. A loop over
+                # words of numbers stays one, however much is computed in it.
+                options |= {"cpp_wrapper": False}
+                options |= {"realize_opcount_threshold": 1000, "realize_acc_reads_threshold": 1000}
     else:
         # Inductor measures how to cut a sum among threads, puts kernels that need nothing of each other into
         # one, and (from Hopper on) lets each start while the one before it ends.
@@ -146,7 +143,7 @@ def compiled_step() -> llama.Forward:
 
     It is compiled for one row when it first sees one, and once for all larger numbers of rows; for any number
     of positions S that the cache shows, once up to 4,096 and once beyond. Inductor keeps what it made on disk
-    for the next run.
+    for the next run. Weights in 4 bits are put into words, in the dict, where those are faster for one row.
     """
     codes: dict[tuple[bool, bool], llama.Forward] = {}
     graphs: dict[Any, Any] = {}
@@ -168,8 +165,11 @@ def compiled_step() -> llama.Forward:
         given = tokens, weights, params, cache, positions, last
         known = (many, far) in codes
         if not known:
-            in_8_bits = any(w.dtype == torch.int8 for w in weights.values())
-            codes[many, far] = compiled_forward(tokens.device.type, many, far, in_8_bits=in_8_bits)
+            small = any(map(quantized.is_quantized, weights.values()))
+            if not many and words_are_fast(tokens):
+                for name, w in weights.items():
+                    weights[name] = quantized.as_words(w)
+            codes[many, far] = compiled_forward(tokens.device.type, many, far, quantized=small)
         code = codes[many, far]
         run = functools.partial(code, *given)
         if tokens.is_cuda:

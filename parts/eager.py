@@ -10,7 +10,7 @@ from torch import Tensor
 import llama3_from_scratch as llama
 
 FEW = 8  # tokens from which on it pays to turn a matrix into float32
-SLAB = 2**19  # numbers of a matrix that are turned into float32 at once, and stay in a cache
+SLAB = 2**19  # numbers of a matrix that are turned into another form at once, and stay in a cache
 
 
 @functools.cache
@@ -21,6 +21,12 @@ def float32_alone() -> bool:
     return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def slabs(F: int, D: int) -> list[slice]:
+    """The rows of a matrix (F D) in parts of about SLAB numbers each, and of whole 64 rows."""
+    rows = max(64, SLAB // D // 64 * 64)
+    return [slice(a, a + rows) for a in range(0, F, rows)]
+
+
 def by_parts(x: Tensor, shape: tuple[int, int], part: Callable[[slice], Tensor]) -> Tensor:
     """x (… D) times a matrix of this shape (F D), some rows of it at a time: part gives these.
 
@@ -28,11 +34,9 @@ def by_parts(x: Tensor, shape: tuple[int, int], part: Callable[[slice], Tensor])
     take a fifth of the time that PyTorch's product in bfloat16 takes there, and two thirds of MKL's in
     float32 (tools/bench_results.md).
     """
-    F, D = shape
-    rows = max(64, SLAB // D // 64 * 64)
     parts = []
-    for a in range(0, F, rows):
-        w = part(slice(a, a + rows))
+    for some in slabs(*shape):
+        w = part(some)
         if x.shape[:-1].numel() == 1 and x.is_cpu:
             y = x.float() @ w.float().T
         elif x.is_cpu and float32_alone():

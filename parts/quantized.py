@@ -12,7 +12,6 @@ replaces through the probe. Each form of the product is held to the formula by a
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable
 
@@ -27,7 +26,7 @@ KINDS = ("int8", "int4")
 GROUP = 32  # numbers of a row that share a scale
 SMALLEST = 2.0**-24  # of float16, so that no group is divided by 0
 MANY = 64  # rows, for which it pays to turn a matrix back into float32
-SLAB = 2**18  # numbers taken at once, which with all they need stay in a cache
+SIDE = 8  # groups whose words of 4 bits stand side by side, where a row has whole such blocks
 
 
 ORDERS = {  # of a CPU's kernel in 4 bits: rows of a block, and which two of these a byte holds
@@ -161,8 +160,7 @@ def split(w: Tensor) -> tuple[Tensor, ...]:
     beside = beside.view(torch.bfloat16)
     if w.dtype == torch.uint8:
         return numbers, beside.view(-1, F, 2)
-    scales, zeros = beside.view(2, F, -1)
-    return numbers, scales, zeros
+    return numbers, *beside.view(F, -1, 2).unbind(-1)
 
 
 def in_pairs(numbers: Tensor) -> Tensor:
@@ -173,20 +171,32 @@ def in_pairs(numbers: Tensor) -> Tensor:
 
 def from_pairs(halves: Tensor) -> Tensor:
     """The numbers again."""
-    return torch.stack((halves & 15, halves >> 4), -1).flatten(-2).to(torch.int8) - 8
+    numbers = torch.empty(len(halves), 2 * halves.shape[1], dtype=torch.int8, device=halves.device)
+    numbers[:, 0::2] = halves & 15
+    numbers[:, 1::2] = halves >> 4
+    return numbers.sub_(8)
+
+
+def side_by_side(groups: int) -> int:
+    """The groups of a block in words: those of one vector of a CPU, or all of a row."""
+    return groups if groups % SIDE else SIDE
 
 
 def in_words(halves: Tensor) -> Tensor:
-    """Bytes of a row (F D/2), 16 a group, in another order: the first 4 of all groups, the next 4, …
+    """Bytes of a row (F D/2), 16 a group, in another order: of 8 groups the first 4, then the next 4, …
 
     So words of 32 bits that stand side by side belong to groups that do, as their scales.
     """
-    return halves.unflatten(-1, (-1, 4, 4)).transpose(1, 2).flatten(1)
+    words = halves.view(torch.int32)
+    side = side_by_side(words.shape[1] // 4)
+    return words.unflatten(-1, (-1, side, 4)).transpose(2, 3).flatten(1).view(torch.uint8)
 
 
 def from_words(halves: Tensor) -> Tensor:
     """The bytes in order again."""
-    return halves.unflatten(-1, (4, -1, 4)).transpose(1, 2).flatten(1)
+    words = halves.view(torch.int32)
+    side = side_by_side(words.shape[1] // 4)
+    return words.unflatten(-1, (-1, 4, side)).transpose(2, 3).flatten(1).view(torch.uint8)
 
 
 def for_kernel(numbers: Tensor) -> Tensor:
@@ -285,7 +295,7 @@ def quantized(w: Tensor, kind: str, in_order: bool = False, name: str = "a matri
     """
     F, D = w.shape
     one = empty(kind, (F, D), w.device, has_kernel(w) and not in_order)
-    for some in slabs(F, D):
+    for some in eager.slabs(F, D):
         parts = quantize8(w[some]) if kind == "int8" else quantize4(w[some])
         if not parts[1].isfinite().all():
             raise ValueError(
@@ -319,10 +329,15 @@ def dequantized(w: Tensor, some: slice = slice(None)) -> Tensor:
     return dequantize8(*parts) if w.dtype == torch.int8 else dequantize4(*parts)
 
 
-def slabs(F: int, D: int) -> list[slice]:
-    """The rows of a matrix in parts that hold about as many numbers each."""
-    step = max(64, SLAB // D // 64 * 64)
-    return [slice(a, a + step) for a in range(0, F, step)]
+def as_words(w: Tensor) -> Tensor:
+    """A matrix of the dict, with 4 bits in words in place of the kernel's order; others as they are."""
+    if w.dtype != torch.uint8:
+        return w
+    F, D = len(w), width_of(w)
+    one = empty("int4", (F, D), w.device, kernel=False)
+    for some in eager.slabs(F, D):
+        put(one, some, *unpacked(w, some))
+    return one
 
 
 def rows(w: Tensor, ids: Tensor) -> Tensor:
@@ -359,50 +374,91 @@ def like_in_parts(x: Tensor, w: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], w.flatten(0, -2).shape[0])
 
 
-def in_whole_numbers(x: Tensor, w: Tensor) -> Tensor:
-    """x (1 D) times a matrix (F D) in 8 bits, all in whole numbers: compiled, a CPU's fastest loop.
-
-    x is rounded to 16 bits with one scale, to a 32,767th of its largest number. Then a group is a sum of 32
-    products in 32 bits, and exact: processors have an instruction for many such products at once.
-    """
-    numbers, scales = split(w)
-    x = x.float()
-    step = x.abs().amax().clamp(min=1e-30) / 32767
-    x16 = computed((x / step).round().to(torch.int16)).view(-1, GROUP)
-    y = []
-    # Four rows at once, far from each other: one after another they are read more slowly.
-    for some, scale in zip(numbers.chunk(4), scales.chunk(4)):
-        some = some.unflatten(-1, (-1, GROUP)).to(torch.int16)  # F/4 D/32 32
-        sums = (x16.to(torch.int32) * some.to(torch.int32)).sum(-1, dtype=torch.int32)
-        y.append((sums.float() * scale.float()).sum(-1))
-    return (torch.cat(y) * step)[None]
-
-
 def one_row(x: Tensor, w: Tensor) -> Tensor:
-    """x (1 D) times a quantized matrix, not in the kernel's order, in a form that compiles to one loop.
-
-    4 bits are read in words of 8 numbers. A mask leaves of a word a number times a power of 16, by which x is
-    divided before; the last number is shifted. As 0 is 8 there, 8 times the sum of x is taken off.
-    """
+    """x (1 D) times a quantized matrix (F D), not in the kernel's order, in a form that compiles to loops."""
     x = x.float()
-    packed, scales, *zeros = split(w)
-    if not zeros:
-        groups = packed.unflatten(-1, (-1, GROUP)).float() * scales.float()[..., None]
-        return (computed(x).view(-1, GROUP) * groups).sum((1, 2))[None]
-    # Without a look at the bytes: a compiler then knows that words begin at words.
-    words = w.flatten()[: packed.numel() // 4].view(len(packed), 4, -1)  # F 4 groups
-    x = x[0].view(-1, 4, 8).permute(1, 2, 0)  # 4 8 groups
-    sums = computed(x.sum((0, 1)))
-    powers = torch.arange(8, dtype=torch.int32, device=x.device)[:, None] % 7 * 4
-    x = x / (torch.ones_like(powers) << powers)
-    # Contiguous: as groups stand side by side in the words. Else neither could be read at once.
-    shares = computed(x.contiguous())
-    total = -8 * sums
-    for k, j in itertools.product(range(4), range(8)):
-        number = words[:, k] & 15 << 4 * j if j < 7 else words[:, k] >> 28 & 15
-        total = total + shares[k, j] * number.float()
-    total = total * scales.float() + sums * zeros[0].float()
-    return total.sum(-1)[None]
+    if w.dtype == torch.int32:
+        loop = words4_once if w.is_cpu else times_words4
+        return loop(*for_words4(x), as_floats(w))
+    if w.is_cpu and w.numel() % 4 == 0:
+        return words8_once(for_words8(x), as_floats(w))
+    numbers, scales = split(w)
+    groups = numbers.unflatten(-1, (-1, GROUP)).float() * scales.float()[..., None]
+    return (computed(x).view(-1, GROUP) * groups).sum((1, 2))[None]
+
+
+def for_words8(x: Tensor) -> Tensor:
+    """x (1 D) as times_words8 reads it (D/32 4 8): of each word of 4 numbers the first, the second, …
+
+    There a number stands at the top of its word, and is 2^24 times itself: so x is divided by that.
+    """
+    return computed((x.view(-1, 8, 4) / 2**24).transpose(1, 2).contiguous())
+
+
+def times_words8(x: Tensor, one: Tensor) -> Tensor:
+    """x from for_words8 times a matrix (F D) in 8 bits, read as words: a vector of a CPU is a group of 32."""
+    groups = len(x)
+    F = 2 * len(one) // (17 * groups)  # a group has eight words, and half a word for its scale
+    words = one[: 8 * F * groups].view(torch.int32).view(F, groups, 8)
+    scales = one[8 * F * groups :].view(torch.float16).view(F, groups)
+    y, top = [], -(2**24)
+    for some, scale in zip(words.chunk(2), scales.chunk(2)):  # two rows at once, for one look at x
+        total = x[:, 0] * (some << 24).float() + x[:, 3] * (some & top).float()
+        for j, shift in ((1, 16), (2, 8)):
+            total = total + x[:, j] * (some << shift & top).float()
+        y.append((total * scale.float()[..., None]).sum((1, 2)))
+    return torch.cat(y)[None]
+
+
+def for_words4(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (1 D) as times_words4 reads it (blocks 4 8 side), and the sum of each group (blocks side).
+
+    There a mask leaves of a word one number, times a power of 16: so x is divided by that.
+    """
+    side = side_by_side(x.shape[1] // GROUP)
+    blocks = x.view(-1, side, 4, 8).permute(0, 2, 3, 1)
+    powers = 16.0 ** -(
+        torch.arange(8, device=x.device) % 7
+    )  # the last number is moved, not only masked
+    return computed((blocks * powers[:, None]).contiguous()), computed(
+        blocks.sum((1, 2)).contiguous()
+    )
+
+
+def times_words4(x: Tensor, sums: Tensor, one: Tensor) -> Tensor:
+    """x from for_words4 times a matrix (F D) in words of 4 bits: a vector of a CPU holds words of 8 groups.
+
+    As 0 is 8 in a word, 8 times the sum of x is taken off.
+    """
+    blocks, _, _, side = x.shape
+    F = len(one) // (5 * blocks * side)  # a group has four words, and one for scale and zero
+    words = one[: 4 * F * blocks * side].view(torch.int32).view(F, blocks, 4, side)
+    pairs = one[4 * F * blocks * side :].view(torch.int32).view(F, blocks, side)
+    y = []
+    for some, pair in zip(words.chunk(2), pairs.chunk(2)):
+        parts = []  # four sums that need nothing of each other, so that a CPU waits less
+        for k in range(4):
+            part = x[:, k, 7] * (some[:, :, k] >> 28 & 15).float()
+            for j in range(7):
+                part = part + x[:, k, j] * (some[:, :, k] & 15 << 4 * j).float()
+            parts.append(part)
+        total = (parts[0] + parts[1]) + (parts[2] + parts[3]) - 8 * sums
+        # A bfloat16 is the upper half of a float32.
+        scales, zeros = (pair << 16).view(torch.float32), (pair & -(2**16)).view(torch.float32)
+        y.append((total * scales + sums * zeros).sum((1, 2)))
+    return torch.cat(y)[None]
+
+
+# A compiler makes these once for each shape of a matrix, not for each matrix of the model.
+words8_once, words4_once = map(torch.compiler.nested_compile_region, (times_words8, times_words4))
+
+
+def as_floats(w: Tensor) -> Tensor:
+    """Bytes of a matrix as if they were float32: Inductor reads vectors of these at once, of int32 by detours.
+
+    Through uint8: from int32 to float32 it would compile to a copy.
+    """
+    return w.flatten().view(torch.uint8).view(torch.float32)
 
 
 def kernel_is_fast(x: Tensor) -> bool:
@@ -427,8 +483,7 @@ def product(x: Tensor, w: Tensor) -> Tensor:
         kernel = torch._weight_int4pack_mm_for_cpu
         return kernel(computed(x), numbers, GROUP, computed(beside.to(x.dtype)))
     if one and w.dtype != torch.uint8 and torch.compiler.is_compiling():
-        fastest = in_whole_numbers if w.is_cpu and w.dtype == torch.int8 else one_row
-        return fastest(x, w).to(x.dtype)
+        return one_row(x, w.flatten(0, -2)).to(x.dtype)
     if w.is_cpu and torch.compiler.is_compiling():
         return in_parts(x, w)
     return plain_product(x, w)

@@ -26,7 +26,7 @@ from parts import config, layouts, printable, quantized, vocabulary
 from parts.files import openable
 
 NAME = "quantized.safetensors"
-FORMAT, VERSION = "llama3_from_scratch.quantized", "2"
+FORMAT, VERSION = "llama3_from_scratch.quantized", "3"
 DTYPES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",

@@ -393,9 +393,12 @@ def work(name, folder, device):
         )
 
 
+OWN = "eager", "compiled", "int8", "int4"  # contenders that are the script itself
+
+
 def as_users_run_it(name):
     """The environment of a contender's process: only the script itself asks PyTorch for huge pages."""
-    return os.environ | {"THP_MEM_ALLOC_ENABLE": "1" if name in ("eager", "compiled") else "0"}
+    return os.environ | {"THP_MEM_ALLOC_ENABLE": "1" if name in OWN else "0"}
 
 
 def start(name, folder, device):
