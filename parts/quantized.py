@@ -450,11 +450,12 @@ def times_words4(x: Tensor, sums: Tensor, one: Tensor) -> Tensor:
 
 
 # A compiler makes these once for each shape of a matrix, not for each matrix of the model.
-words8_once, words4_once = map(torch.compiler.nested_compile_region, (times_words8, times_words4))
+once_for_a_shape = torch.compiler.nested_compile_region(max_reuse_entries=100)  # more are an error
+words8_once, words4_once = once_for_a_shape(times_words8), once_for_a_shape(times_words4)
 
 
 def as_floats(w: Tensor) -> Tensor:
-    """Bytes of a matrix as if they were float32: Inductor reads vectors of these at once, of int32 by detours.
+    """A matrix as if it were float32: Inductor reads vectors of these at once, vectors of int32 by detours.
 
     Through uint8: from int32 to float32 it would compile to a copy.
     """

@@ -376,11 +376,13 @@ def quantized_by_hand(path):
             found[name] = numbers.double() * scales[group, row] + zeros[group, row]
         elif w.dtype == torch.int32:
             F, D = len(w), w.shape[1] * 32 // 5
-            halves, scales, zeros = data.split((F * D // 2, F * D // 16, F * D // 16))
-            scales, zeros = (x.view(torch.bfloat16).view(F, -1).double() for x in (scales, zeros))
+            halves, beside = data.split((F * D // 2, F * D // 8))
+            scales, zeros = beside.view(torch.bfloat16).view(F, D // 32, 2).double().unbind(-1)
             row, column = torch.arange(F)[:, None], torch.arange(D)[None]
             group, byte = column // 32, column % 32 // 2
-            place = row * D // 2 + (byte // 4 * (D // 32) + group) * 4 + byte % 4
+            side = 8 if D % 256 == 0 else D // 32
+            word = group // side * side * 4 + byte // 4 * side + group % side
+            place = row * D // 2 + word * 4 + byte % 4
             numbers = (halves[place].int() >> (4 * (column % 2))) % 16 - 8
             found[name] = numbers.double() * scales[row, group] + zeros[row, group]
         else:

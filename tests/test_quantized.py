@@ -336,7 +336,7 @@ def test_a_loop_is_compiled_once_for_each_shape(kind):
         calls.extend(node.args[0].target for node in once)
         return graph.forward
 
-    ones = [quantized.quantized(normal(F, 64, F), kind, in_order=True) for F in (64, 64, 32, 64)]
+    ones = [quantized.quantized(normal(F, 64, F), kind, in_order=True) for F in (64, 64, 32, 32)]
     torch._dynamo.reset()
     run = torch.compile(
         lambda x: [quantized.one_row(x, one) for one in ones], fullgraph=True, backend=look

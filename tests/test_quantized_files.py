@@ -78,10 +78,16 @@ def test_same_bits(saved, kind, tied, dtype, capsys):
     assert len({again[name].data_ptr() - place for name, place in places.items()}) == 1
 
 
-@pytest.mark.parametrize("kind", quantized.KINDS)
-def test_the_file_by_hand(saved, kind):
+@pytest.mark.parametrize(
+    "kind, order, dim",
+    (("int8", "", 64), ("int4", "", 64), ("int4", "words", 64), ("int4", "words", 768)),
+)
+def test_the_file_by_hand(saved, kind, order, dim, monkeypatch):
     """As docs/quantization.md says it: bytes, and the formula."""
-    folder, out = saved(kind, ffn_dim_multiplier=1.3)
+    with monkeypatch.context() as patch:
+        if order:
+            patch.setattr(quantized, "order_here", lambda: order)
+        folder, out = saved(kind, ffn_dim_multiplier=1.3, dim=dim)
     _, start = header_of(out / quantized_files.NAME)
     assert start % 64 == 0
     found = quantized_by_hand(out / quantized_files.NAME)
@@ -343,7 +349,7 @@ def one_more(tensors, about):
 
 DAMAGES = {
     "no metadata": (lambda tensors, about: about.clear(), "do not say that it is of the format"),
-    "older": (told(version="1"), "version in its metadata is '1', expected 2; make it again"),
+    "older": (told(version="2"), "version in its metadata is '2', expected 3; make it again"),
     "no version": (without("version"), "version in its metadata is missing"),
     "another kind": (told(kind="int5"), "kind in its metadata is 'int5', expected int8 or int4"),
     "another group": (told(group="64"), "group in its metadata is '64', expected 32"),
