@@ -31,6 +31,9 @@ FAR = 4096  # positions from which on attention takes another form
 PIECE = 128  # positions: for a token far into a text, a GPU cuts the cache into such pieces
 CHUNK = 4096  # tokens of a prompt that a GPU reads at once: no scores are stored
 
+# For a loop over words of numbers: it stays one, however much is computed in it.
+ONE_LOOP: dict[str, Any] = {"realize_opcount_threshold": 1000, "realize_acc_reads_threshold": 1000}
+
 # Inductor keeps what it made on disk, and would not see that one of these has changed: so their text joins
 # the key.
 KEPT_BY_TEXT = {
@@ -57,6 +60,22 @@ def rewritten(
 def words_are_fast(x: Tensor) -> bool:
     """Is one token in 4 bits faster by words than by PyTorch's kernel here? Measured where a CPU has AVX2."""
     return x.is_cpu and torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def put_in_words(weights: llama.Weights) -> None:
+    """Puts weights in 4 bits into words, and compiles what turns words into float32 for several rows.
+
+    PyTorch's kernel for these takes another order.
+    """
+    for name, w in weights.items():
+        weights[name] = quantized.as_words(w)
+    if not hasattr(quantized.dequantize_words, "compiled"):
+        code = torch.compile(quantized.dequantize_words, dynamic=False, options=ONE_LOOP)
+        vars(code)["compiled"] = True
+        quantized.dequantize_words = code
+    shapes = {w.shape: w for w in weights.values() if w.dtype == torch.int32}
+    for w in shapes.values():  # now, not in the first prompt
+        quantized.plain_product(torch.zeros(2, quantized.width_of(w)), w)
 
 
 def compiled_forward(
@@ -88,10 +107,8 @@ def compiled_forward(
             options |= {"cpp_wrapper": processes()[1] == 1, "realize_reads_threshold": 0}
             rewrites = [rewritings.with_loops]
             if quantized:
-                # The C++ around the loops cannot be made with a loop that is used more than once. A loop over
-                # words of numbers stays one, however much is computed in it.
-                options |= {"cpp_wrapper": False}
-                options |= {"realize_opcount_threshold": 1000, "realize_acc_reads_threshold": 1000}
+                # The C++ around the loops cannot be made with a loop that is used more than once.
+                options |= {"cpp_wrapper": False} | ONE_LOOP
     else:
         # Inductor measures how to cut a sum among threads, puts kernels that need nothing of each other into
         # one, and (from Hopper on) lets each start while the one before it ends.
@@ -130,10 +147,10 @@ def first_call(what: str, run: Callable[[], Tensor]) -> Tensor:
         return known[key] > before.get(key, 0)
 
     said = f"compiled {what} in {seconds}"
-    if did("autograd_cache_hit"):
-        said = f"compiled {what} in an earlier run, ready again in {seconds}"
-    elif did("autograd_cache_saved"):
+    if did("autograd_cache_saved"):
         said += ", kept for next time"
+    elif did("autograd_cache_hit"):
+        said = f"compiled {what} in an earlier run, ready again in {seconds}"
     print(said, file=sys.stderr)
     return logits
 
@@ -166,9 +183,6 @@ def compiled_step() -> llama.Forward:
         known = (many, far) in codes
         if not known:
             small = any(map(quantized.is_quantized, weights.values()))
-            if not many and words_are_fast(tokens):
-                for name, w in weights.items():
-                    weights[name] = quantized.as_words(w)
             codes[many, far] = compiled_forward(tokens.device.type, many, far, quantized=small)
         code = codes[many, far]
         run = functools.partial(code, *given)
@@ -187,7 +201,13 @@ def compiled_step() -> llama.Forward:
             words += " for several rows"
         if far:
             words += f" beyond {FAR:,} positions"
-        return first_call(words, run)
+
+        def prepared() -> Tensor:
+            if not many and words_are_fast(tokens):
+                put_in_words(weights)
+            return run()
+
+        return first_call(words, prepared)
 
     return step
 

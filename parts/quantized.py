@@ -359,7 +359,40 @@ def plain_product(x: Tensor, w: Tensor) -> Tensor:
     w = w.flatten(0, -2)
     if torch.compiler.is_compiling():
         return x @ dequantized(w).to(x.dtype).T
-    return eager.by_parts(x, (len(w), x.shape[-1]), functools.partial(dequantized, w))
+    F, D = len(w), x.shape[-1]
+    if w.dtype != torch.int32:
+        return eager.by_parts(x, (F, D), functools.partial(dequantized, w))
+    words, pairs = words_of(as_floats(w), F, D)
+    x = x.unflatten(-1, (*words.shape[1::2], 4, 8)).permute(0, 1, 4, 3, 2).flatten(1)
+    return eager.by_parts(x, (F, D), lambda some: dequantize_words(words[some], pairs[some]))
+
+
+def words_of(one: Tensor, F: int, D: int) -> tuple[Tensor, Tensor]:
+    """The words of a matrix in 4 bits (F blocks 4 side), and a pair of scale and zero for each group.
+
+    one: as_floats of it.
+    """
+    side = side_by_side(D // GROUP)
+    words, pairs = one.split((F * D // 8, F * D // GROUP))
+    return words.view(F, -1, 4, side), pairs.view(F, -1, side)
+
+
+def scales_and_zeros(pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """Of words of two bfloat16, which are the upper halves of float32."""
+    pairs = pairs.view(torch.int32)
+    return (pairs << 16).view(torch.float32), (pairs & -(2**16)).view(torch.float32)
+
+
+def dequantize_words(words: Tensor, pairs: Tensor) -> Tensor:
+    """Rows of a matrix from words_of in float32 (F D); of a block first the first number of all words, then …
+
+    For that, to move the columns of x is less than to move those of w.
+    """
+    words = words.view(torch.int32)
+    scales, zeros = (x[:, :, None] for x in scales_and_zeros(pairs))
+    zeros = zeros - 8 * scales
+    numbers = [(words >> 4 * j & 15).float() * scales + zeros for j in range(8)]
+    return torch.stack(numbers, 2).flatten(1)
 
 
 @torch.library.custom_op("llama3_from_scratch::in_parts", mutates_args=())
@@ -432,10 +465,9 @@ def times_words4(x: Tensor, sums: Tensor, one: Tensor) -> Tensor:
     """
     blocks, _, _, side = x.shape
     F = len(one) // (5 * blocks * side)  # a group has four words, and one for scale and zero
-    words = one[: 4 * F * blocks * side].view(torch.int32).view(F, blocks, 4, side)
-    pairs = one[4 * F * blocks * side :].view(torch.int32).view(F, blocks, side)
+    words, pairs = words_of(one, F, GROUP * blocks * side)
     y = []
-    for some, pair in zip(words.chunk(2), pairs.chunk(2)):
+    for some, pair in zip(words.view(torch.int32).chunk(2), pairs.chunk(2)):
         parts = []  # four sums that need nothing of each other, so that a CPU waits less
         for k in range(4):
             part = x[:, k, 7] * (some[:, :, k] >> 28 & 15).float()
@@ -443,8 +475,7 @@ def times_words4(x: Tensor, sums: Tensor, one: Tensor) -> Tensor:
                 part = part + x[:, k, j] * (some[:, :, k] & 15 << 4 * j).float()
             parts.append(part)
         total = (parts[0] + parts[1]) + (parts[2] + parts[3]) - 8 * sums
-        # A bfloat16 is the upper half of a float32.
-        scales, zeros = (pair << 16).view(torch.float32), (pair & -(2**16)).view(torch.float32)
+        scales, zeros = scales_and_zeros(pair)
         y.append((total * scales + sums * zeros).sum((1, 2)))
     return torch.cat(y)[None]
 

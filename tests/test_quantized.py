@@ -285,6 +285,9 @@ def test_compiled_gives_what_eager_gives(kind, words, monkeypatch, model):
     torch._dynamo.reset()
     step, found = compiled.compiled_step(), []
     monkeypatch.setattr(compiled, "words_are_fast", lambda tokens: words)
+    monkeypatch.setattr(
+        quantized, "dequantize_words", quantized.dequantize_words
+    )  # as it was after
     tokens = some_tokens(params, B=1, T=9)
     for run in (llama.forward, step):
         cache = llama.make_cache(held, params, 1, 64)
@@ -297,6 +300,8 @@ def test_compiled_gives_what_eager_gives(kind, words, monkeypatch, model):
     assert relative_error(found[1], found[0]) < 1e-5
     assert torch.equal(found[1].argmax(-1), found[0].argmax(-1))
     assert words == (held["layers.0.attention.wq.weight"].dtype == torch.int32)
+    assert words == hasattr(quantized.dequantize_words, "compiled")
+    assert relative_error(llama.forward(tokens, held, params), found[0]) < 1e-5
 
 
 @needs_a_compiler
