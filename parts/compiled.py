@@ -31,7 +31,7 @@ FAR = 4096  # positions from which on attention takes another form
 PIECE = 128  # positions: for a token far into a text, a GPU cuts the cache into such pieces
 CHUNK = 4096  # tokens of a prompt that a GPU reads at once: no scores are stored
 
-# For a loop over words of numbers: it stays one, however much is computed in it.
+# Inductor would split a loop over words of numbers, and store what is between the parts.
 ONE_LOOP: dict[str, Any] = {"realize_opcount_threshold": 1000, "realize_acc_reads_threshold": 1000}
 
 # Inductor keeps what it made on disk, and would not see that one of these has changed: so their text joins
@@ -63,9 +63,9 @@ def words_are_fast(x: Tensor) -> bool:
 
 
 def put_in_words(weights: llama.Weights) -> None:
-    """Puts weights in 4 bits into words, and compiles what turns words into float32 for several rows.
+    """Puts weights in 4 bits into words, and compiles what turns words into float32 for a prompt.
 
-    PyTorch's kernel for these takes another order.
+    PyTorch's kernel takes them in another order.
     """
     for name, w in weights.items():
         weights[name] = quantized.as_words(w)
@@ -83,12 +83,12 @@ def compiled_forward(
     many: bool = False,
     far: bool = False,
     prompt: bool = False,
-    quantized: bool = False,
+    small_numbers: bool = False,
 ) -> Any:
     """`forward` for one use: one token of one row, or of many, far into a text or not, or a prompt.
 
     It is compiled when it is first called, for any number of positions, of rows if many, of tokens if prompt.
-    quantized: for weights of parts/quantized.py.
+    small_numbers: for weights of parts/quantized.py.
     """
     pieces = functools.partial(
         rewritings.with_attention, attention=rewritings.one_query_in_pieces, more=(PIECE,)
@@ -106,8 +106,8 @@ def compiled_forward(
             # loop is computed before it, not again for each row of the weights.
             options |= {"cpp_wrapper": processes()[1] == 1, "realize_reads_threshold": 0}
             rewrites = [rewritings.with_loops]
-            if quantized:
-                # The C++ around the loops cannot be made with a loop that is used more than once.
+            if small_numbers:
+                # PyTorch cannot make the C++ around a loop that is compiled once and used often.
                 options |= {"cpp_wrapper": False} | ONE_LOOP
     else:
         # Inductor measures how to cut a sum among threads, puts kernels that need nothing of each other into
@@ -183,7 +183,7 @@ def compiled_step() -> llama.Forward:
         known = (many, far) in codes
         if not known:
             small = any(map(quantized.is_quantized, weights.values()))
-            codes[many, far] = compiled_forward(tokens.device.type, many, far, quantized=small)
+            codes[many, far] = compiled_forward(tokens.device.type, many, far, small_numbers=small)
         code = codes[many, far]
         run = functools.partial(code, *given)
         if tokens.is_cuda:
@@ -202,8 +202,11 @@ def compiled_step() -> llama.Forward:
         if far:
             words += f" beyond {FAR:,} positions"
 
+        # Weights that the step for several rows was compiled for stay as they are.
+        alone = not any(rows for rows, _ in codes)
+
         def prepared() -> Tensor:
-            if not many and words_are_fast(tokens):
+            if alone and words_are_fast(tokens):
                 put_in_words(weights)
             return run()
 
@@ -319,9 +322,10 @@ def prepare(
         return time.perf_counter() - started
 
     with torch.no_grad():
-        seconds = sum(timed(step, llama.make_cache(weights, params, B, S)) for S in sizes)
+        # Before the compiled step, which may put weights into an order for itself.
         cache = llama.make_cache(weights, params, B, sizes[0])
         plain = min(timed(eager.forward, cache) for _ in range(2))
+        seconds = sum(timed(step, llama.make_cache(weights, params, B, S)) for S in sizes)
         if T > 1:
             started = time.perf_counter()
             cache = llama.make_cache(weights, params, B)

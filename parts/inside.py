@@ -148,7 +148,7 @@ def compose(*probes: llama.Probe) -> llama.Probe:
 
     def probe(name: str, dims: str, tensor: Tensor) -> Tensor:
         for one in probes:
-            who = f"the probe {getattr(one, '__name__', repr(one))}"
+            who = f"the probe {getattr(one, '__name__', type(one).__name__)}"
             tensor = returned(name, one(name, dims, tensor), who)
         return tensor
 

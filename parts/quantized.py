@@ -177,7 +177,7 @@ def from_pairs(halves: Tensor) -> Tensor:
     return numbers.sub_(8)
 
 
-def side_by_side(groups: int) -> int:
+def groups_of_a_block(groups: int) -> int:
     """The groups of a block in words: those of one vector of a CPU, or all of a row."""
     return groups if groups % SIDE else SIDE
 
@@ -188,14 +188,14 @@ def in_words(halves: Tensor) -> Tensor:
     So words of 32 bits that stand side by side belong to groups that do, as their scales.
     """
     words = halves.view(torch.int32)
-    side = side_by_side(words.shape[1] // 4)
+    side = groups_of_a_block(words.shape[1] // 4)
     return words.unflatten(-1, (-1, side, 4)).transpose(2, 3).flatten(1).view(torch.uint8)
 
 
 def from_words(halves: Tensor) -> Tensor:
     """The bytes in order again."""
     words = halves.view(torch.int32)
-    side = side_by_side(words.shape[1] // 4)
+    side = groups_of_a_block(words.shape[1] // 4)
     return words.unflatten(-1, (-1, 4, side)).transpose(2, 3).flatten(1).view(torch.uint8)
 
 
@@ -372,7 +372,7 @@ def words_of(one: Tensor, F: int, D: int) -> tuple[Tensor, Tensor]:
 
     one: as_floats of it.
     """
-    side = side_by_side(D // GROUP)
+    side = groups_of_a_block(D // GROUP)
     words, pairs = one.split((F * D // 8, F * D // GROUP))
     return words.view(F, -1, 4, side), pairs.view(F, -1, side)
 
@@ -448,14 +448,12 @@ def for_words4(x: Tensor) -> tuple[Tensor, Tensor]:
 
     There a mask leaves of a word one number, times a power of 16: so x is divided by that.
     """
-    side = side_by_side(x.shape[1] // GROUP)
+    side = groups_of_a_block(x.shape[1] // GROUP)
     blocks = x.view(-1, side, 4, 8).permute(0, 2, 3, 1)
-    powers = 16.0 ** -(
-        torch.arange(8, device=x.device) % 7
-    )  # the last number is moved, not only masked
-    return computed((blocks * powers[:, None]).contiguous()), computed(
-        blocks.sum((1, 2)).contiguous()
-    )
+    # Number 7 is shifted down, not only masked: divided by nothing.
+    powers = 16.0 ** -(torch.arange(8, device=x.device) % 7)
+    shares = computed((blocks * powers[:, None]).contiguous())
+    return shares, computed(blocks.sum((1, 2)).contiguous())
 
 
 def times_words4(x: Tensor, sums: Tensor, one: Tensor) -> Tensor:
@@ -480,8 +478,9 @@ def times_words4(x: Tensor, sums: Tensor, one: Tensor) -> Tensor:
     return torch.cat(y)[None]
 
 
-# A compiler makes these once for each shape of a matrix, not for each matrix of the model.
-once_for_a_shape = torch.compiler.nested_compile_region(max_reuse_entries=100)  # more are an error
+# A compiler makes these once for each shape of a matrix, not for each matrix of the model. PyTorch raises an
+# error beyond so many shapes.
+once_for_a_shape = torch.compiler.nested_compile_region(max_reuse_entries=100)
 words8_once, words4_once = once_for_a_shape(times_words8), once_for_a_shape(times_words4)
 
 

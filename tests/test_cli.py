@@ -733,6 +733,21 @@ def test_a_full_conversation_begins_anew(checkpoint, script):
     assert result.stderr.count("decode 9 tokens") >= 3
 
 
+def test_composed_probes_compile():
+    """Also one that knows tensors around it: so processes that share a quantized model compile their step."""
+
+    def run(x):
+        more = x + 1
+
+        def added(name, dims, tensor):
+            return tensor + more
+
+        return inside.compose(added)("h", "D", x)
+
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(torch.ones(2)), run(torch.ones(2)))
+
+
 def test_probes_compose(model, capsys, monkeypatch):
     """Print, record and break in one pass; what one of them changes, the next ones see."""
     params, weights = model()

@@ -1,5 +1,6 @@
 """Weights in 8 and 4 bits: the formula, the kernels, loading, and what the command line says of them."""
 
+import functools
 import math
 import os
 import shutil
@@ -302,6 +303,22 @@ def test_compiled_gives_what_eager_gives(kind, words, monkeypatch, model):
     assert words == (held["layers.0.attention.wq.weight"].dtype == torch.int32)
     assert words == hasattr(quantized.dequantize_words, "compiled")
     assert relative_error(llama.forward(tokens, held, params), found[0]) < 1e-5
+
+
+@pytest.mark.parametrize("rows, in_words", (((1, 3), True), ((3, 1), False)))
+def test_one_row_after_several_does_not_move_weights(rows, in_words, monkeypatch, model):
+    """What was compiled for several would be compiled again, without a word."""
+    params, weights = model(torch.float32, n_layers=1)
+    held = quantized.load({"one": weights}, params, "cpu", torch.float32, lambda n, s: s[0], "int4")
+    monkeypatch.setattr(compiled, "words_are_fast", lambda tokens: True)
+    monkeypatch.setattr(compiled, "compiled_forward", lambda *a, **b: llama.forward)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: functools.partial(function))
+    monkeypatch.setattr(quantized, "dequantize_words", quantized.dequantize_words)
+    step = compiled.compiled_step()
+    for B in rows:
+        at = torch.zeros((B, 1), dtype=torch.long)
+        step(at, held, params, llama.make_cache(held, params, B, 8), at, at[:, 0])
+    assert in_words == (held["layers.0.attention.wq.weight"].dtype == torch.int32)
 
 
 @needs_a_compiler
