@@ -363,6 +363,7 @@ def plain_product(x: Tensor, w: Tensor) -> Tensor:
     if w.dtype != torch.int32:
         return eager.by_parts(x, (F, D), functools.partial(dequantized, w))
     words, pairs = words_of(as_floats(w), F, D)
+    # x (N blocks side 4 8) with its columns as dequantize_words has them
     x = x.unflatten(-1, (*words.shape[1::2], 4, 8)).permute(0, 1, 4, 3, 2).flatten(1)
     return eager.by_parts(x, (F, D), lambda some: dequantize_words(words[some], pairs[some]))
 
