@@ -287,9 +287,8 @@ def test_compiled_gives_what_eager_gives(kind, words, monkeypatch, model):
     torch._dynamo.reset()
     step, found = compiled.compiled_step(), []
     monkeypatch.setattr(compiled, "words_are_fast", lambda tokens: words)
-    monkeypatch.setattr(
-        quantized, "dequantize_words", quantized.dequantize_words
-    )  # as it was after
+    # So that it is put back.
+    monkeypatch.setattr(quantized, "dequantize_words", quantized.dequantize_words)
     tokens = some_tokens(params, B=1, T=9)
     for run in (llama.forward, step):
         cache = llama.make_cache(held, params, 1, 64)
