@@ -368,7 +368,7 @@ def grow(cache: Cache, S: int) -> None:
 
 def chunk_size(seen: int, params: Params, on_cpu: bool) -> int:
     """How many tokens to read at once? As many as are fast, unless scores (H T S) get too large."""
-    fast, most_scores = (256, 2**25) if on_cpu else (4096, 2**28)
+    fast, most_scores = (512, 2**25) if on_cpu else (4096, 2**28)
     return min(fast, max(32, most_scores // (params["n_heads"] * (seen + fast))))
 
 

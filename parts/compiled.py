@@ -84,11 +84,12 @@ def compiled_forward(
     far: bool = False,
     prompt: bool = False,
     small_numbers: bool = False,
+    slow_heads: bool = False,
 ) -> Any:
     """`forward` for one use: one token of one row, or of many, far into a text or not, or a prompt.
 
     It is compiled when it is first called, for any number of positions, of rows if many, of tokens if prompt.
-    small_numbers: for weights of parts/quantized.py.
+    small_numbers: for weights of parts/quantized.py. slow_heads: see eager.heads_are_slow.
     """
     pieces = functools.partial(
         rewritings.with_attention, attention=rewritings.one_query_in_pieces, more=(PIECE,)
@@ -109,6 +110,8 @@ def compiled_forward(
             if small_numbers:
                 # PyTorch cannot make the C++ around a loop that is compiled once and used often.
                 options |= {"cpp_wrapper": False} | ONE_LOOP
+        if slow_heads:  # those that are no loops
+            rewrites += [rewritings.with_float32_heads]
     else:
         # Inductor measures how to cut a sum among threads, puts kernels that need nothing of each other into
         # one, and (from Hopper on) lets each start while the one before it ends.
@@ -183,7 +186,10 @@ def compiled_step() -> llama.Forward:
         known = (many, far) in codes
         if not known:
             small = any(map(quantized.is_quantized, weights.values()))
-            codes[many, far] = compiled_forward(tokens.device.type, many, far, small_numbers=small)
+            slow = eager.heads_are_slow(weights["norm.weight"])
+            codes[many, far] = compiled_forward(
+                tokens.device.type, many, far, small_numbers=small, slow_heads=slow
+            )
         code = codes[many, far]
         run = functools.partial(code, *given)
         if tokens.is_cuda:

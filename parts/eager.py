@@ -1,16 +1,22 @@
 """Plain PyTorch, made fast: products and memory on a CPU, and a GPU that is not waited for."""
 
+import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import llama3_from_scratch as llama
+from parts.rewritings import in_float32
 
 FEW = 8  # tokens from which on it pays to turn a matrix into float32
+MANY_SCORES = 2**15  # of a layer, from which on it pays to multiply heads in float32
 SLAB = 2**19  # numbers of a matrix that are turned into another form at once, and stay in a cache
+FACTOR = 2**21  # such numbers, where a product follows: it is faster with more
 
 
 @functools.cache
@@ -21,9 +27,9 @@ def float32_alone() -> bool:
     return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def slabs(F: int, D: int) -> list[slice]:
-    """The rows of a matrix (F D) in parts of about SLAB numbers each, and of whole 64 rows."""
-    rows = max(64, SLAB // D // 64 * 64)
+def slabs(F: int, D: int, numbers: int = SLAB) -> list[slice]:
+    """The rows of a matrix (F D) in parts of about so many numbers each, and of whole 64 rows."""
+    rows = max(64, numbers // D // 64 * 64)
     return [slice(a, a + rows) for a in range(0, F, rows)]
 
 
@@ -34,17 +40,19 @@ def by_parts(x: Tensor, shape: tuple[int, int], part: Callable[[slice], Tensor])
     take a fifth of the time that PyTorch's product in bfloat16 takes there, and two thirds of MKL's in
     float32 (tools/bench_results.md).
     """
-    parts = []
-    for some in slabs(*shape):
-        w = part(some)
-        if x.shape[:-1].numel() == 1 and x.is_cpu:
-            y = x.float() @ w.float().T
-        elif x.is_cpu and float32_alone():
-            y = torch.ops.mkldnn._linear_pointwise(x.float(), w.float(), None, "none", [], "")
+    F = shape[0]
+    y = x.new_empty(*x.shape[:-1], F)
+    one = x.shape[:-1].numel() == 1
+    in_float32 = x.is_cpu and (one or float32_alone())
+    if in_float32:
+        x = x.float()
+    for some in slabs(*shape, FACTOR):
+        w = part(some).to(x.dtype)
+        if in_float32 and not one:
+            y[..., some] = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
         else:
-            y = x @ w.to(x.dtype).T
-        parts.append(y)
-    return torch.cat(parts, -1).to(x.dtype)
+            y[..., some] = x @ w.T
+    return y
 
 
 def without_onednn(x: Tensor, w: Tensor) -> Tensor:
@@ -76,9 +84,51 @@ def project(x: Tensor, w: Tensor) -> Tensor:
     return y.unflatten(-1, w.shape[:-1]).transpose(1, 2) if w.dim() == 3 else y
 
 
-def forward(*arguments: Any, **options: Any) -> Tensor:
+def heads_are_slow(like: Tensor) -> bool:
+    """Are products of heads in this dtype slow here? Without AVX-512, in 16 bits, ten to fifty times."""
+    return like.is_cpu and like.dtype.itemsize == 2 and float32_alone()
+
+
+def heads_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a (B K X Y) @ b (B K Y Z) of 16 bits, multiplied in float32; many numbers one head at a time."""
+    if a.shape[:3].numel() * max(a.shape[3], b.shape[3]) < FACTOR // 2:
+        return in_float32(a, b)
+    y = a.new_empty(*a.shape[:3], b.shape[3])
+    for one in itertools.product(*map(range, a.shape[:2])):
+        y[one] = a[one].float() @ b[one].float()
+    return y
+
+
+class AttentionInFloat32(TorchFunctionMode):
+    """While it is on, `@` of two tensors (B K …), as in attention, is heads_in_float32.
+
+    For where heads_are_slow (tools/bench_results.md).
+    """
+
+    def __torch_function__(
+        self, called: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if called is Tensor.matmul and args[1].dim() == 4:
+            called = heads_in_float32
+        return called(*args, **(kwargs or {}))
+
+
+def forward(
+    tokens: Tensor,
+    weights: llama.Weights,
+    params: llama.Params,
+    cache: llama.Cache | None = None,
+    *arguments: Any,
+    **options: Any,
+) -> Tensor:
     """The script's `forward`, with these products: all as there."""
-    return llama.forward(*arguments, **options | {"project": project})
+    options |= {"project": project}
+    S = tokens.shape[1] if cache is None else cache[0][0].shape[2]
+    scores = tokens.numel() * params["n_heads"] * S
+    # The mode takes some microseconds for each call of PyTorch.
+    mode = scores >= MANY_SCORES and heads_are_slow(weights["norm.weight"])
+    with AttentionInFloat32() if mode else contextlib.nullcontext():
+        return llama.forward(tokens, weights, params, cache, *arguments, **options)
 
 
 def keep_freed_memory() -> None:

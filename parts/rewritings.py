@@ -84,6 +84,21 @@ def with_loops(graph: Graph) -> int:
     return replaced
 
 
+def in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of 16 bits, multiplied in float32."""
+    return (a.float() @ b.float()).to(a.dtype)
+
+
+def with_float32_heads(graph: Graph) -> int:
+    """in_float32 for attention's products: for a CPU whose libraries are slow in 16 bits."""
+    replaced = 0
+    for node in graph.find_nodes(op="call_function", target=operator.matmul):
+        if node.args[1].meta["example_value"].dim() == 4:
+            node.target = in_float32
+            replaced += 1
+    return replaced
+
+
 def computed(x: Tensor) -> Tensor:
     """x, in memory: as_strided looks at what is there, so Inductor computes x once before.
 

@@ -177,6 +177,32 @@ def test_which_products_are_loops(G, X, loops, monkeypatch):
     assert len(seen[0].graph.find_nodes(op="call_function", target=operator.matmul)) == 1 - loops
 
 
+@pytest.mark.parametrize(
+    "many, far, expected", [(False, False, 0), (False, True, 1), (True, False, 2), (True, True, 2)]
+)
+@pytest.mark.parametrize("slow", [True, False])
+def test_heads_are_multiplied_in_float32_where_16_bits_are_slow(
+    model, many, far, expected, slow, monkeypatch
+):
+    """Those products that are no loops: the mix of one row far into a text, and all of several rows."""
+    params, weights = model(torch.bfloat16, n_layers=1)
+    params["max_seq_len"] = 8192
+    seen, rows = [], 2 if many else 1
+    monkeypatch.setattr(compiled.eager, "float32_alone", lambda: slow)
+    monkeypatch.setattr(
+        compiled, "compile_fx", lambda graph, *_, **__: seen.append(graph) or graph.forward
+    )
+    cache = llama.make_cache(weights, params, rows, compiled.FAR + 1 if far else 64)
+    at = torch.zeros((rows, 1), dtype=torch.long)
+    step = compiled.compiled_step()
+    with torch.no_grad():
+        logits = step(at, weights, params, cache, at, at[:, 0])
+    found = seen[0].graph.find_nodes(op="call_function", target=rewritings.in_float32)
+    assert len(found) == (expected if slow else 0)
+    plain = llama.forward(at, weights, params, llama.make_cache(weights, params, rows, 64), at)
+    assert relative_error(logits, plain) < 0.02
+
+
 def in_pieces(graph):
     return rewritings.with_attention(graph, rewritings.one_query_in_pieces, more=(16,))
 
@@ -193,6 +219,7 @@ def with_flash(graph):
     "rewrite, each, once, T",
     [
         (rewritings.with_loops, 9, 1, 1),
+        (rewritings.with_float32_heads, 2, 0, 1),
         (rewritings.with_real_pairs, 2, 0, 1),
         (rewritings.with_sums, 7, 1, 1),
         (with_one_query, 1, 0, 1),

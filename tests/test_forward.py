@@ -296,7 +296,7 @@ def test_one_tokens_product_is_as_exact_without_onednn(dtype, bar, D):
 def test_several_tokens_where_a_cpu_has_float32_alone(dtype, bar, B, T, monkeypatch):
     """Some rows of a matrix at a time, and as exact as any product that rounds once."""
     monkeypatch.setattr(eager, "float32_alone", lambda: True)
-    monkeypatch.setattr(eager, "SLAB", 64 * 96)
+    monkeypatch.setattr(eager, "FACTOR", 64 * 96)
     seen, by_parts = [], eager.by_parts
     monkeypatch.setattr(
         eager, "by_parts", lambda x, *how: seen.append(x.shape) or by_parts(x, *how)
@@ -323,6 +323,51 @@ def test_the_prompt_is_read_with_these_products(model, monkeypatch):
     ours = eager.prefill(tokens, weights, params, llama.make_cache(weights, params, 1))
     exact = llama.forward(tokens, {name: w.double() for name, w in weights.items()}, params)[:, -1:]
     assert relative_error(ours, exact) < 1.1 * relative_error(plain, exact) + 1e-3
+
+
+@pytest.mark.parametrize("dtype, bar", ((torch.bfloat16, 2e-3), (torch.float16, 3e-4)))
+@pytest.mark.parametrize("at_once", [True, False])
+def test_heads_in_float32(dtype, bar, at_once, monkeypatch):
+    """All heads at once or one by one: exact but for one rounding, also where keys are seen turned."""
+    monkeypatch.setattr(eager, "FACTOR", eager.FACTOR if at_once else 0)
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 3, 5, 64).to(dtype), torch.randn(2, 3, 9, 64).to(dtype)
+    y = eager.heads_in_float32(a, b.mT)
+    assert y.dtype == dtype and relative_error(y, a.double() @ b.double().mT) < bar
+    learned = a.clone().requires_grad_()
+    eager.heads_in_float32(learned, b.mT).sum().backward()
+    assert relative_error(learned.grad, b.sum(2, keepdim=True).expand_as(a)) < 1e-2
+
+
+def test_attention_in_float32_where_16_bits_are_slow(model, monkeypatch):
+    """Both products of each layer, from so many scores on, in 16 bits alone; no further from the exact."""
+    params, exact = model()
+    tokens = some_tokens(params, B=2, T=24)
+    seen, heads = [], eager.heads_in_float32
+    monkeypatch.setattr(eager, "heads_in_float32", lambda a, b: seen.append(b.shape) or heads(a, b))
+
+    def products(weights, **options):
+        seen.clear()
+        logits = eager.forward(tokens, weights, params, **options)
+        return len(seen), logits
+
+    weights = {name: w.bfloat16() for name, w in exact.items()}
+    doubles = {name: w.double() for name, w in weights.items()}
+    reference = llama.forward(tokens, doubles, params)
+    monkeypatch.setattr(eager, "MANY_SCORES", params["n_heads"] * 2 * 24 * 24)
+    monkeypatch.setattr(eager, "float32_alone", lambda: False)
+    count, plain = products(weights)
+    assert count == 0
+    monkeypatch.setattr(eager, "float32_alone", lambda: True)
+    count, ours = products(weights)
+    assert count == 2 * params["n_layers"]
+    assert relative_error(ours, reference) < 1.1 * relative_error(plain, reference)
+    assert products(weights, cache=llama.make_cache(weights, params, 2, 24))[0] == count
+    assert products(exact)[0] == 0
+    monkeypatch.setattr(eager, "MANY_SCORES", 1 + eager.MANY_SCORES)
+    assert products(weights)[0] == 0
+    longer = llama.make_cache(weights, params, 2, 25)  # S counts, not T
+    assert products(weights, cache=longer)[0] == count
 
 
 def test_sees_through_torch_compile(model):
