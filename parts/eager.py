@@ -99,11 +99,8 @@ def heads_in_float32(a: Tensor, b: Tensor) -> Tensor:
     return y
 
 
-class AttentionInFloat32(TorchFunctionMode):
-    """While it is on, `@` of two tensors (B K …), as in attention, is heads_in_float32.
-
-    For where heads_are_slow (tools/bench_results.md).
-    """
+class HeadsInFloat32(TorchFunctionMode):
+    """While it is on, `@` of two tensors (B K …), as in attention, is heads_in_float32."""
 
     def __torch_function__(
         self, called: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -124,11 +121,23 @@ def forward(
     """The script's `forward`, with these products: all as there."""
     options |= {"project": project}
     S = tokens.shape[1] if cache is None else cache[0][0].shape[2]
-    scores = tokens.numel() * params["n_heads"] * S
-    # The mode takes some microseconds for each call of PyTorch.
-    mode = scores >= MANY_SCORES and heads_are_slow(weights["norm.weight"])
-    with AttentionInFloat32() if mode else contextlib.nullcontext():
+    many = tokens.numel() * params["n_heads"] * S >= MANY_SCORES
+    if not (many and heads_are_slow(weights["norm.weight"])):
         return llama.forward(tokens, weights, params, cache, *arguments, **options)
+    probe = options.get("probe")
+    with contextlib.ExitStack() as mode:
+
+        def around(name: str, dims: str, tensor: Tensor) -> Tensor:
+            """Its mode is on in attention alone, since it takes some microseconds a call of PyTorch."""
+            if name.endswith(".k_rotated"):
+                mode.enter_context(HeadsInFloat32())
+            if name.endswith(".heads"):
+                mode.close()
+            return probe(name, dims, tensor) if probe else tensor
+
+        return llama.forward(
+            tokens, weights, params, cache, *arguments, **options | {"probe": around}
+        )
 
 
 def keep_freed_memory() -> None:
