@@ -234,7 +234,10 @@ def meeting(forward: llama.Forward) -> llama.Forward:
 
     def meet(name: str, dims: str, tensor: Tensor) -> Tensor:
         if name.endswith(("attention.out", "feed_forward.out")):
-            dist.all_reduce(tensor)
+            # gloo, for CPUs, rounds after each process. On a GPU it is as Meta's reference has it.
+            total = tensor.float() if tensor.is_cpu else tensor
+            dist.all_reduce(total)
+            tensor = total.to(tensor.dtype)
         if name == "logits":
             tensor = side_by_side(tensor)
         return tensor
