@@ -110,7 +110,7 @@ def compiled_forward(
             if small_numbers:
                 # PyTorch cannot make the C++ around a loop that is compiled once and used often.
                 options |= {"cpp_wrapper": False} | ONE_LOOP
-        if slow_heads:  # those that are no loops
+        if slow_heads:  # products of heads that are no loops
             rewrites += [rewritings.with_float32_heads]
     else:
         # Inductor measures how to cut a sum among threads, puts kernels that need nothing of each other into

@@ -14,9 +14,11 @@ import llama3_from_scratch as llama
 from parts.rewritings import in_float32
 
 FEW = 8  # tokens from which on it pays to turn a matrix into float32
-MANY_SCORES = 2**15  # of a layer, from which on it pays to multiply heads in float32
+MANY_SCORES = (
+    2**15
+)  # numbers of a layer's scores from which on it pays to multiply heads in float32
 SLAB = 2**19  # numbers of a matrix that are turned into another form at once, and stay in a cache
-FACTOR = 2**21  # such numbers, where a product follows: it is faster with more
+PART = 2**21  # numbers of a matrix that are turned into float32 at once and multiplied: measured
 
 
 @functools.cache
@@ -27,7 +29,7 @@ def float32_alone() -> bool:
     return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def slabs(F: int, D: int, numbers: int = SLAB) -> list[slice]:
+def slabs(F: int, D: int, numbers: int) -> list[slice]:
     """The rows of a matrix (F D) in parts of about so many numbers each, and of whole 64 rows."""
     rows = max(64, numbers // D // 64 * 64)
     return [slice(a, a + rows) for a in range(0, F, rows)]
@@ -43,12 +45,12 @@ def by_parts(x: Tensor, shape: tuple[int, int], part: Callable[[slice], Tensor])
     F = shape[0]
     y = x.new_empty(*x.shape[:-1], F)
     one = x.shape[:-1].numel() == 1
-    in_float32 = x.is_cpu and (one or float32_alone())
-    if in_float32:
+    turned = x.is_cpu and (one or float32_alone())
+    if turned:
         x = x.float()
-    for some in slabs(*shape, FACTOR):
+    for some in slabs(*shape, PART):
         w = part(some).to(x.dtype)
-        if in_float32 and not one:
+        if turned and not one:
             y[..., some] = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
         else:
             y[..., some] = x @ w.T
@@ -85,13 +87,13 @@ def project(x: Tensor, w: Tensor) -> Tensor:
 
 
 def heads_are_slow(like: Tensor) -> bool:
-    """Are products of heads in this dtype slow here? Without AVX-512, in 16 bits, ten to fifty times."""
+    """Are products of heads in this dtype slow here? In 16 bits without AVX-512, up to sixty times."""
     return like.is_cpu and like.dtype.itemsize == 2 and float32_alone()
 
 
 def heads_in_float32(a: Tensor, b: Tensor) -> Tensor:
     """a (B K X Y) @ b (B K Y Z) of 16 bits, multiplied in float32; many numbers one head at a time."""
-    if a.shape[:3].numel() * max(a.shape[3], b.shape[3]) < FACTOR // 2:
+    if a.shape[:3].numel() * max(a.shape[3], b.shape[3]) < PART // 2:
         return in_float32(a, b)
     y = a.new_empty(*a.shape[:3], b.shape[3])
     for one in itertools.product(*map(range, a.shape[:2])):
@@ -100,13 +102,16 @@ def heads_in_float32(a: Tensor, b: Tensor) -> Tensor:
 
 
 class HeadsInFloat32(TorchFunctionMode):
-    """While it is on, `@` of two tensors (B K …), as in attention, is heads_in_float32."""
+    """While it is on, `@` of two tensors (B K …) of 16 bits, as in attention, is heads_in_float32."""
 
     def __torch_function__(
         self, called: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if called is Tensor.matmul and args[1].dim() == 4:
-            called = heads_in_float32
+        if called is Tensor.matmul and not kwargs:
+            a, b = args
+            same = a.dim() == b.dim() == 4 and a.shape[:2] == b.shape[:2] and a.dtype == b.dtype
+            if same and a.dtype.itemsize == 2 and a.is_floating_point():
+                return heads_in_float32(a, b)
         return called(*args, **(kwargs or {}))
 
 
@@ -115,29 +120,29 @@ def forward(
     weights: llama.Weights,
     params: llama.Params,
     cache: llama.Cache | None = None,
-    *arguments: Any,
+    positions: Tensor | None = None,
+    last: Tensor | None = None,
+    probe: llama.Probe = lambda name, dims, tensor: tensor,
     **options: Any,
 ) -> Tensor:
     """The script's `forward`, with these products: all as there."""
     options |= {"project": project}
+    given = tokens, weights, params, cache, positions, last
     S = tokens.shape[1] if cache is None else cache[0][0].shape[2]
     many = tokens.numel() * params["n_heads"] * S >= MANY_SCORES
     if not (many and heads_are_slow(weights["norm.weight"])):
-        return llama.forward(tokens, weights, params, cache, *arguments, **options)
-    probe = options.get("probe")
-    with contextlib.ExitStack() as mode:
+        return llama.forward(*given, probe=probe, **options)
+    with contextlib.ExitStack() as switch:
 
         def around(name: str, dims: str, tensor: Tensor) -> Tensor:
-            """Its mode is on in attention alone, since it takes some microseconds a call of PyTorch."""
-            if name.endswith(".k_rotated"):
-                mode.enter_context(HeadsInFloat32())
-            if name.endswith(".heads"):
-                mode.close()
-            return probe(name, dims, tensor) if probe else tensor
+            """The mode, which takes time at each call, is on from turned keys to heads, not in probes."""
+            switch.close()
+            tensor = probe(name, dims, tensor)
+            if name.endswith((".k_rotated", ".scores", ".probs")):
+                switch.enter_context(HeadsInFloat32())
+            return tensor
 
-        return llama.forward(
-            tokens, weights, params, cache, *arguments, **options | {"probe": around}
-        )
+        return llama.forward(*given, probe=around, **options)
 
 
 def keep_freed_memory() -> None:

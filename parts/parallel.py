@@ -234,7 +234,7 @@ def meeting(forward: llama.Forward) -> llama.Forward:
 
     def meet(name: str, dims: str, tensor: Tensor) -> Tensor:
         if name.endswith(("attention.out", "feed_forward.out")):
-            # gloo, for CPUs, rounds after each process. On a GPU it is as Meta's reference has it.
+            # gloo, for CPUs, would round the sum after each process. On a GPU: as Meta's reference.
             total = tensor.float() if tensor.is_cpu else tensor
             dist.all_reduce(total)
             tensor = total.to(tensor.dtype)

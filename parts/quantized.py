@@ -295,7 +295,7 @@ def quantized(w: Tensor, kind: str, in_order: bool = False, name: str = "a matri
     """
     F, D = w.shape
     one = empty(kind, (F, D), w.device, has_kernel(w) and not in_order)
-    for some in eager.slabs(F, D):
+    for some in eager.slabs(F, D, eager.SLAB):
         parts = quantize8(w[some]) if kind == "int8" else quantize4(w[some])
         if not parts[1].isfinite().all():
             raise ValueError(
@@ -335,7 +335,7 @@ def as_words(w: Tensor) -> Tensor:
         return w
     F, D = len(w), width_of(w)
     one = empty("int4", (F, D), w.device, kernel=False)
-    for some in eager.slabs(F, D):
+    for some in eager.slabs(F, D, eager.SLAB):
         put(one, some, *unpacked(w, some))
     return one
 

@@ -296,7 +296,7 @@ def test_one_tokens_product_is_as_exact_without_onednn(dtype, bar, D):
 def test_several_tokens_where_a_cpu_has_float32_alone(dtype, bar, B, T, monkeypatch):
     """Some rows of a matrix at a time, and as exact as any product that rounds once."""
     monkeypatch.setattr(eager, "float32_alone", lambda: True)
-    monkeypatch.setattr(eager, "FACTOR", 64 * 96)
+    monkeypatch.setattr(eager, "PART", 64 * 96)
     seen, by_parts = [], eager.by_parts
     monkeypatch.setattr(
         eager, "by_parts", lambda x, *how: seen.append(x.shape) or by_parts(x, *how)
@@ -329,7 +329,7 @@ def test_the_prompt_is_read_with_these_products(model, monkeypatch):
 @pytest.mark.parametrize("at_once", [True, False])
 def test_heads_in_float32(dtype, bar, at_once, monkeypatch):
     """All heads at once or one by one: exact but for one rounding, also where keys are seen turned."""
-    monkeypatch.setattr(eager, "FACTOR", eager.FACTOR if at_once else 0)
+    monkeypatch.setattr(eager, "PART", eager.PART if at_once else 0)
     torch.manual_seed(0)
     a, b = torch.randn(2, 3, 5, 64).to(dtype), torch.randn(2, 3, 9, 64).to(dtype)
     y = eager.heads_in_float32(a, b.mT)
@@ -361,6 +361,17 @@ def test_attention_in_float32_where_16_bits_are_slow(model, monkeypatch):
     monkeypatch.setattr(eager, "float32_alone", lambda: True)
     count, ours = products(weights)
     assert count == 2 * params["n_layers"]
+
+    def doubled(name, dims, tensor):
+        """A probe sees each step, and its own products are PyTorch's; what it gives flows on."""
+        names.append(name)
+        wide = tensor.double()[None, None]
+        assert (wide @ wide.mT).dtype == torch.float64
+        return 2 * tensor if name == "logits" else tensor
+
+    names = []
+    assert torch.equal(products(weights, probe=doubled)[1], 2 * ours) and len(seen) == count
+    assert len(names) == 4 + 17 * params["n_layers"]
     assert relative_error(ours, reference) < 1.1 * relative_error(plain, reference)
     assert products(weights, cache=llama.make_cache(weights, params, 2, 24))[0] == count
     assert products(exact)[0] == 0

@@ -145,6 +145,7 @@ def test_many_rows_at_a_time(monkeypatch):
         for slab in (1000, 96 * 150):
             with monkeypatch.context() as patch:
                 patch.setattr(eager, "SLAB", slab)
+                patch.setattr(eager, "PART", slab)
                 assert torch.equal(quantized.quantized(w, kind), whole)
                 assert relative_error(quantized.plain_product(x, whole), expected) < 1e-6
 
