@@ -14,9 +14,7 @@ import llama3_from_scratch as llama
 from parts.rewritings import in_float32
 
 FEW = 8  # tokens from which on it pays to turn a matrix into float32
-MANY_SCORES = (
-    2**15
-)  # numbers of a layer's scores from which on it pays to multiply heads in float32
+MANY_SCORES = 2**15  # (B H T S) from which on it pays to multiply heads in float32
 SLAB = 2**19  # numbers of a matrix that are turned into another form at once, and stay in a cache
 PART = 2**21  # numbers of a matrix that are turned into float32 at once and multiplied: measured
 

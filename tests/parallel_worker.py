@@ -7,6 +7,7 @@ JOB: {"folders": {path: N, …}, "tokens": [[…]]}. Process 0 writes, for each 
 bytes that loading took of its memory, and those of its weights.
 """
 
+import ctypes
 import gc
 import itertools
 import json
@@ -34,8 +35,9 @@ def run(args):
     for n, (folder, new) in enumerate(job["folders"].items()):
         before = memory("VmRSS")
         weights, params, _ = llama.load_model(folder)
-        if not new:  # its memory is what is asked for
+        if not new:  # its memory is what is asked for, not what glibc keeps of what is freed
             gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)
         own = {w.data_ptr(): w.nbytes for w in weights.values()}
         grown = [None] * processes()[1]
         dist.all_gather_object(grown, [memory("VmRSS") - before, sum(own.values())])
