@@ -84,12 +84,12 @@ def compiled_forward(
     far: bool = False,
     prompt: bool = False,
     small_numbers: bool = False,
-    slow_heads: bool = False,
+    slow_16_bits: bool = False,
 ) -> Any:
     """`forward` for one use: one token of one row, or of many, far into a text or not, or a prompt.
 
     It is compiled when it is first called, for any number of positions, of rows if many, of tokens if prompt.
-    small_numbers: for weights of parts/quantized.py. slow_heads: see eager.heads_are_slow.
+    small_numbers: for weights of parts/quantized.py. slow_16_bits: see eager.slow_in_16_bits.
     """
     pieces = functools.partial(
         rewritings.with_attention, attention=rewritings.one_query_in_pieces, more=(PIECE,)
@@ -110,8 +110,14 @@ def compiled_forward(
             if small_numbers:
                 # PyTorch cannot make the C++ around a loop that is compiled once and used often.
                 options |= {"cpp_wrapper": False} | ONE_LOOP
-        if slow_heads:  # products of heads that are no loops
+        if slow_16_bits:  # products that are no loops
             rewrites += [rewritings.with_float32_heads]
+            if many:
+                by_parts = functools.partial(
+                    rewritings.with_products,
+                    product=torch.ops.llama3_from_scratch.several_rows.default,
+                )
+                rewrites += [by_parts]
     else:
         # Inductor measures how to cut a sum among threads, puts kernels that need nothing of each other into
         # one, and (from Hopper on) lets each start while the one before it ends.
@@ -186,9 +192,9 @@ def compiled_step() -> llama.Forward:
         known = (many, far) in codes
         if not known:
             small = any(map(quantized.is_quantized, weights.values()))
-            slow = eager.heads_are_slow(weights["norm.weight"])
+            slow = eager.slow_in_16_bits(weights["norm.weight"])
             codes[many, far] = compiled_forward(
-                tokens.device.type, many, far, small_numbers=small, slow_heads=slow
+                tokens.device.type, many, far, small_numbers=small, slow_16_bits=slow
             )
         code = codes[many, far]
         run = functools.partial(code, *given)

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 import llama3_from_scratch as llama
 from parts.rewritings import in_float32
 
-FEW = 8  # tokens from which on it pays to turn a matrix into float32
+FEW = 5  # tokens from which on it pays to turn a matrix into float32
 MANY_SCORES = 2**15  # (B H T S) from which on it pays to multiply heads in float32
 SLAB = 2**19  # numbers of a matrix that are turned into another form at once, and stay in a cache
 PART = 2**21  # numbers of a matrix that are turned into float32 at once and multiplied: measured
@@ -34,24 +34,24 @@ def slabs(F: int, D: int, numbers: int) -> list[slice]:
 
 
 def by_parts(x: Tensor, shape: tuple[int, int], part: Callable[[slice], Tensor]) -> Tensor:
-    """x (… D) times a matrix of this shape (F D), some rows of it at a time: part gives these.
+    """x (N D) times a matrix of this shape (F D), some rows of it at a time: part gives these.
 
-    One token is multiplied in float32 on a CPU, and several where it has float32 alone, by oneDNN: 128 tokens
-    take a fifth of the time that PyTorch's product in bfloat16 takes there, and two thirds of MKL's in
-    float32 (tools/bench_results.md).
+    One token is multiplied in float32 on a CPU, and several where it has products in float32 alone. There w
+    times x, turned, is faster than x times w, turned, and for whole eights of tokens: the others are zeros
+    (tools/bench_results.md).
     """
-    F = shape[0]
-    y = x.new_empty(*x.shape[:-1], F)
-    one = x.shape[:-1].numel() == 1
-    turned = x.is_cpu and (one or float32_alone())
-    if turned:
+    (N, D), F = x.shape, shape[0]
+    y = x.new_empty(N, F)
+    if x.is_cpu and N > 1 and float32_alone():
+        columns = torch.zeros(D, max(16, -(-N // 8) * 8))
+        columns[:, :N] = x.T
+        for some in slabs(F, D, PART):
+            y[:, some] = (part(some).float() @ columns)[:, :N].T
+        return y
+    if x.is_cpu and N == 1:
         x = x.float()
-    for some in slabs(*shape, PART):
-        w = part(some).to(x.dtype)
-        if turned and not one:
-            y[..., some] = torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
-        else:
-            y[..., some] = x @ w.T
+    for some in slabs(F, D, PART):
+        y[:, some] = x @ part(some).to(x.dtype).T
     return y
 
 
@@ -80,12 +80,25 @@ def project(x: Tensor, w: Tensor) -> Tensor:
     if x.shape[:-1].numel() < FEW or not float32_alone():
         return llama.project(x, w)
     matrix = w.flatten(0, -2)
-    y = by_parts(x, (len(matrix), matrix.shape[1]), matrix.__getitem__)
+    y = by_parts(x.flatten(0, -2), (len(matrix), matrix.shape[1]), matrix.__getitem__)
+    y = y.unflatten(0, x.shape[:-1])
     return y.unflatten(-1, w.shape[:-1]).transpose(1, 2) if w.dim() == 3 else y
 
 
-def heads_are_slow(like: Tensor) -> bool:
-    """Are products of heads in this dtype slow here? In 16 bits without AVX-512, up to sixty times."""
+@torch.library.custom_op("llama3_from_scratch::several_rows", mutates_args=())
+def several_rows(a: Tensor, b: Tensor) -> Tensor:
+    """a (B 1 D) @ b (D F, in memory F D), as in `project`: one call, into which no compiler looks."""
+    return project(a, b.T)
+
+
+@several_rows.register_fake
+def like_several_rows(a: Tensor, b: Tensor) -> Tensor:
+    """What several_rows gives, without its numbers: for the compiler."""
+    return a.new_empty(*a.shape[:-1], b.shape[1])
+
+
+def slow_in_16_bits(like: Tensor) -> bool:
+    """Are products in this dtype slow here? In 16 bits without AVX-512: of heads up to sixty times."""
     return like.is_cpu and like.dtype.itemsize == 2 and float32_alone()
 
 
@@ -128,7 +141,7 @@ def forward(
     given = tokens, weights, params, cache, positions, last
     S = tokens.shape[1] if cache is None else cache[0][0].shape[2]
     many = tokens.numel() * params["n_heads"] * S >= MANY_SCORES
-    if not (many and heads_are_slow(weights["norm.weight"])):
+    if not (many and slow_in_16_bits(weights["norm.weight"])):
         return llama.forward(*given, probe=probe, **options)
     with contextlib.ExitStack() as switch:
 

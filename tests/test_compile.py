@@ -11,13 +11,15 @@ from conftest import relative_error, some_tokens
 from torch._dynamo.utils import counters
 
 import llama3_from_scratch as llama
-from parts import compiled, rewritings
+from parts import compiled, eager, rewritings
 from parts.batch import advance, rows_of
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("g++") or os.environ.get("CXX") or os.environ.get("CI")),
     reason="needs a C++ compiler",
 )
+
+SEVERAL_ROWS = torch.ops.llama3_from_scratch.several_rows.default
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -197,8 +199,9 @@ def test_heads_are_multiplied_in_float32_where_16_bits_are_slow(
     step = compiled.compiled_step()
     with torch.no_grad():
         logits = step(at, weights, params, cache, at, at[:, 0])
-    found = seen[0].graph.find_nodes(op="call_function", target=rewritings.in_float32)
-    assert len(found) == (expected if slow else 0)
+    calls = [node.target for node in seen[0].graph.nodes]
+    assert calls.count(rewritings.in_float32) == (expected if slow else 0)
+    assert calls.count(SEVERAL_ROWS) == (8 if slow and many else 0)
     plain = llama.forward(at, weights, params, llama.make_cache(weights, params, rows, 64), at)
     assert relative_error(logits, plain) < 0.02
 
@@ -215,6 +218,10 @@ def with_flash(graph):
     return rewritings.with_attention(graph, rewritings.flash)
 
 
+def with_several_rows(graph):
+    return rewritings.with_products(graph, SEVERAL_ROWS)
+
+
 @pytest.mark.parametrize(
     "rewrite, each, once, T",
     [
@@ -222,6 +229,7 @@ def with_flash(graph):
         (rewritings.with_float32_heads, 2, 0, 1),
         (rewritings.with_real_pairs, 2, 0, 1),
         (rewritings.with_sums, 7, 1, 1),
+        (with_several_rows, 7, 1, 1),
         (with_one_query, 1, 0, 1),
         (in_pieces, 1, 0, 1),
         (rewritings.with_real_pairs, 2, 0, 5),
@@ -252,6 +260,20 @@ def test_rewritings_give_what_forward_gives(model, rewrite, each, once, T, B):
             rewritten.append(run(tokens[:, 43:], weights, params, cache, at))
     assert replaced == [2 * each + once]
     assert relative_error(rewritten[1], rewritten[0]) < 1e-6
+
+
+def test_products_of_several_rows_compile(monkeypatch):
+    """As one call into which the compiler does not look, for any number of rows; heads and others."""
+    monkeypatch.setattr(eager, "float32_alone", lambda: True)
+    torch._dynamo.reset()
+    backend = functools.partial(compiled.rewritten, rewrites=[with_several_rows], options={})
+    run = torch.compile(llama.project, backend=backend, fullgraph=True)
+    for shape in ((48, 64), (3, 16, 64)):
+        w = torch.randn(shape).bfloat16()
+        for B in (2, 3, 9, 33):
+            x = torch.randn(B, 1, 64).bfloat16()
+            exact = llama.project(x.double(), w.double())
+            assert relative_error(run(x, w), exact) < 2e-3
 
 
 def test_the_prompts_pass_is_compiled_once(model):
