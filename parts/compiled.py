@@ -69,11 +69,11 @@ def put_in_words(weights: llama.Weights) -> None:
     """
     for name, w in weights.items():
         weights[name] = quantized.as_words(w)
-    if not hasattr(quantized.dequantize_words, "compiled"):
+    shapes = {w.shape: w for w in weights.values() if w.dtype == torch.int32}
+    if shapes and not hasattr(quantized.dequantize_words, "compiled"):
         code = torch.compile(quantized.dequantize_words, dynamic=False, options=ONE_LOOP)
         vars(code)["compiled"] = True
         quantized.dequantize_words = code
-    shapes = {w.shape: w for w in weights.values() if w.dtype == torch.int32}
     for w in shapes.values():  # now, not in the first prompt
         quantized.plain_product(torch.zeros(2, quantized.width_of(w)), w)
 
