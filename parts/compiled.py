@@ -1,9 +1,10 @@
 """`forward`, compiled, for the script's --compile: the same function, as machine code.
 
-On a CPU, the matrix products of one token become loops: over the weights, as fast as memory is read. On a GPU
-they become sums that Inductor fuses with what stands around them, attention takes another form for one token,
-for one token far into a text, and for a prompt, and the compiled step is recorded in a CUDA graph: one launch
-in place of hundreds. What is put in place of what stands in parts/rewritings.py.
+On a CPU, the matrix products of one token become loops: over the weights, as fast as memory is read. Where it
+has no fast products in 16 bits, those of several rows become calls of parts/eager.py. On a GPU they become
+sums that Inductor fuses with what stands around them, if they are of one token; attention takes another form
+for one token, for one token far into a text, and for a prompt, and the compiled step is recorded in a CUDA
+graph: one launch in place of hundreds. What is put in place of what stands in parts/rewritings.py.
 """
 
 import functools
@@ -96,6 +97,8 @@ def compiled_forward(
     )
     three_sums = functools.partial(rewritings.with_attention, attention=rewritings.one_query)
     flash = functools.partial(rewritings.with_attention, attention=rewritings.flash)
+    several_rows = torch.ops.llama3_from_scratch.several_rows.default  # of parts/eager.py
+    several = functools.partial(rewritings.with_products, product=several_rows)
     rewrites: list[Callable[[torch.fx.Graph], int]] = []
     options: dict[str, Any] = {}
     if prompt:
@@ -110,14 +113,9 @@ def compiled_forward(
             if small_numbers:
                 # PyTorch cannot make the C++ around a loop that is compiled once and used often.
                 options |= {"cpp_wrapper": False} | ONE_LOOP
-        if slow_16_bits:  # products that are no loops
+        if slow_16_bits:  # what the loops leave: attention's products, and all of several rows
             rewrites += [rewritings.with_float32_heads]
-            if many:
-                by_parts = functools.partial(
-                    rewritings.with_products,
-                    product=torch.ops.llama3_from_scratch.several_rows.default,
-                )
-                rewrites += [by_parts]
+            rewrites += [several] if many else []
     else:
         # Inductor measures how to cut a sum among threads, puts kernels that need nothing of each other into
         # one, and (from Hopper on) lets each start while the one before it ends.

@@ -36,14 +36,14 @@ def slabs(F: int, D: int, numbers: int) -> list[slice]:
 def by_parts(x: Tensor, shape: tuple[int, int], part: Callable[[slice], Tensor]) -> Tensor:
     """x (N D) times a matrix of this shape (F D), some rows of it at a time: part gives these.
 
-    One token is multiplied in float32 on a CPU, and several where it has products in float32 alone. There w
-    times x, turned, is faster than x times w, turned, and for whole eights of tokens: the others are zeros
-    (tools/bench_results.md).
+    One token is multiplied in float32 on a CPU, and so are several where oneDNN has no products in 16 bits:
+    by PyTorch's BLAS, as (w @ x.T).T, which is faster there than x @ w.T, and faster for 16, 24, 32, …
+    columns than for a few less: zeros fill them up (tools/bench_results.md).
     """
     (N, D), F = x.shape, shape[0]
     y = x.new_empty(N, F)
     if x.is_cpu and N > 1 and float32_alone():
-        columns = torch.zeros(D, max(16, -(-N // 8) * 8))
+        columns = x.new_zeros(D, max(16, -(-N // 8) * 8), dtype=torch.float32)
         columns[:, :N] = x.T
         for some in slabs(F, D, PART):
             y[:, some] = (part(some).float() @ columns)[:, :N].T
@@ -73,7 +73,7 @@ def without_onednn(x: Tensor, w: Tensor) -> Tensor:
 
 def project(x: Tensor, w: Tensor) -> Tensor:
     """The script's `project`: the same product, by what is fastest for so many tokens on this machine."""
-    if not x.is_cpu or x.requires_grad or w.requires_grad:
+    if not x.is_cpu or x.dtype == torch.float64 or x.requires_grad or w.requires_grad:
         return llama.project(x, w)
     if x.shape[:2] == (1, 1):
         return without_onednn(x, w)
@@ -87,7 +87,10 @@ def project(x: Tensor, w: Tensor) -> Tensor:
 
 @torch.library.custom_op("llama3_from_scratch::several_rows", mutates_args=())
 def several_rows(a: Tensor, b: Tensor) -> Tensor:
-    """a (B 1 D) @ b (D F, in memory F D), as in `project`: one call, into which no compiler looks."""
+    """`project` for the compiled step: a (B 1 D) @ b, where b (D F) is a matrix (F D) seen turned.
+
+    One call, into which no compiler looks.
+    """
     return project(a, b.T)
 
 
@@ -98,7 +101,7 @@ def like_several_rows(a: Tensor, b: Tensor) -> Tensor:
 
 
 def slow_in_16_bits(like: Tensor) -> bool:
-    """Are products in this dtype slow here? In 16 bits without AVX-512: of heads up to sixty times."""
+    """Are products in this dtype slow here? Without AVX-512 those in 16 bits are, beside float32's."""
     return like.is_cpu and like.dtype.itemsize == 2 and float32_alone()
 
 

@@ -183,10 +183,11 @@ def test_which_products_are_loops(G, X, loops, monkeypatch):
     "many, far, expected", [(False, False, 0), (False, True, 1), (True, False, 2), (True, True, 2)]
 )
 @pytest.mark.parametrize("slow", [True, False])
-def test_heads_are_multiplied_in_float32_where_16_bits_are_slow(
-    model, many, far, expected, slow, monkeypatch
-):
-    """Those products that are no loops: the mix of one row far into a text, and all of several rows."""
+def test_products_where_16_bits_are_slow(model, many, far, expected, slow, monkeypatch):
+    """Attention's in float32 where they are no loops: the mix of one row far into a text, both of several.
+
+    With several rows those with weights, seven of the layer and the head's, are eager.several_rows.
+    """
     params, weights = model(torch.bfloat16, n_layers=1)
     params["max_seq_len"] = 8192
     seen, rows = [], 2 if many else 1
@@ -263,17 +264,23 @@ def test_rewritings_give_what_forward_gives(model, rewrite, each, once, T, B):
 
 
 def test_products_of_several_rows_compile(monkeypatch):
-    """As one call into which the compiler does not look, for any number of rows; heads and others."""
+    """As one call into which the compiler does not look, once for any number of rows; heads and others."""
     monkeypatch.setattr(eager, "float32_alone", lambda: True)
-    torch.manual_seed(1)
+    seen, by_parts = [], eager.by_parts
+    monkeypatch.setattr(eager, "by_parts", lambda x, *how: seen.append(len(x)) or by_parts(x, *how))
     backend = functools.partial(compiled.rewritten, rewrites=[with_several_rows], options={})
-    run = torch.compile(llama.project, backend=backend, fullgraph=True)
+    torch.manual_seed(1)
     for shape in ((48, 64), (3, 16, 64)):
+        torch._dynamo.reset()
+        run, before = torch.compile(llama.project, backend=backend, fullgraph=True), graphs()
         w = torch.randn(shape).bfloat16()
         for B in (2, 3, 9, 33):
             x = torch.randn(B, 1, 64).bfloat16()
-            exact = llama.project(x.double(), w.double())
-            assert relative_error(run(x, w), exact) < 3e-3
+            torch._dynamo.mark_dynamic(x, 0)
+            y, exact = run(x, w), llama.project(x.double(), w.double())
+            assert y.dtype == w.dtype and relative_error(y, exact) < 3e-3
+        assert graphs() - before == 1
+    assert seen == [9, 33] * 2
 
 
 def test_the_prompts_pass_is_compiled_once(model):

@@ -292,9 +292,11 @@ def test_one_tokens_product_is_as_exact_without_onednn(dtype, bar, D):
 @pytest.mark.parametrize(
     "dtype, bar", ((torch.bfloat16, 2e-3), (torch.float16, 3e-4), (torch.float32, 1e-6))
 )
-@pytest.mark.parametrize("B, T", ((1, 8), (2, 5), (1, 130), (2, 3)))
-def test_several_tokens_where_a_cpu_has_float32_alone(dtype, bar, B, T, monkeypatch):
-    """Some rows of a matrix at a time, and as exact as any product that rounds once."""
+@pytest.mark.parametrize(
+    "B, T, by_parts_too", ((1, 8, True), (2, 9, True), (1, 130, True), (1, 5, True), (2, 2, False))
+)
+def test_several_tokens_where_a_cpu_has_float32_alone(dtype, bar, B, T, by_parts_too, monkeypatch):
+    """Some rows of a matrix at a time, and as exact as any product that rounds once; few tokens as ever."""
     monkeypatch.setattr(eager, "float32_alone", lambda: True)
     monkeypatch.setattr(eager, "PART", 64 * 96)
     seen, by_parts = [], eager.by_parts
@@ -308,10 +310,12 @@ def test_several_tokens_where_a_cpu_has_float32_alone(dtype, bar, B, T, monkeypa
     assert y.dtype == dtype and relative_error(y, expected) < bar
     heads = eager.project(x, w.view(5, 30, 96))
     assert relative_error(heads, expected.unflatten(-1, (5, 30)).transpose(1, 2)) < bar
-    assert len(seen) == (2 if B * T >= eager.FEW else 0)
+    assert len(seen) == (2 if by_parts_too else 0)
     learned = w.clone().requires_grad_()
     eager.project(x, learned).sum().backward()
-    assert learned.grad is not None and len(seen) == (2 if B * T >= eager.FEW else 0)
+    exact = eager.project(x.double(), w.double())
+    assert torch.equal(exact, llama.project(x.double(), w.double()))
+    assert learned.grad is not None and len(seen) == (2 if by_parts_too else 0)
 
 
 def test_the_prompt_is_read_with_these_products(model, monkeypatch):

@@ -135,10 +135,13 @@ def test_one_tensor_gives_the_formula(kind, rows, width):
             assert relative_error(heads, expected.unflatten(-1, (2, -1)).transpose(1, 2)) < bar
 
 
-def test_many_rows_at_a_time(monkeypatch):
+@pytest.mark.parametrize("float32_alone", [True, False])
+@pytest.mark.parametrize("N", [1, 2, 3, 8, 17])
+def test_many_rows_at_a_time(N, float32_alone, monkeypatch):
     """Parts of a number of rows that the kernel's order knows, also where as many numbers do not make one."""
+    monkeypatch.setattr(eager, "float32_alone", lambda: float32_alone)
     w = normal(400, 96)
-    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(N, 96, generator=torch.Generator().manual_seed(1))
     for kind in quantized.KINDS:
         whole = quantized.quantized(w, kind)
         expected = x @ quantized.dequantized(whole).T
