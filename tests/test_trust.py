@@ -509,6 +509,7 @@ def test_thumbnails_stay_and_are_drawn_once(page, tmp_path):
     assert page.evaluate("window.canvases") == 0
     # The large picture, its row and some rows for the map; all heads would be 8 × T × T numbers each time.
     assert sum(page.evaluate("window.reads")) <= 5 * 4 * T * T * 4
+    page.wait_for_timeout(300)  # what the last key asked for may still be read
     page.evaluate("window.canvases = 0; window.reads = []")
     page.keyboard.press("]")
     page.wait_for_selector("h2:has-text('layers.1.attention.probs')")
