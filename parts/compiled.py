@@ -115,7 +115,8 @@ def compiled_forward(
                 options |= {"cpp_wrapper": False} | ONE_LOOP
         if slow_16_bits:  # what the loops leave: attention's products, and all of several rows
             rewrites += [rewritings.with_float32_heads]
-            rewrites += [several] if many else []
+            if many:
+                rewrites += [several]
     else:
         # Inductor measures how to cut a sum among threads, puts kernels that need nothing of each other into
         # one, and (from Hopper on) lets each start while the one before it ends.
