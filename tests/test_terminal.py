@@ -404,22 +404,27 @@ def as_if_compiled(monkeypatch):
 
 
 def test_compiling_comes_before_the_text_and_has_its_own_words(
-    terminal, script, as_if_compiled, at_once
+    terminal, script, as_if_compiled, at_once, monkeypatch
 ):
+    from parts import compiled
+
+    prepare = compiled.prepare
+    # A step that is not compiled, on a busy machine, may have taken long.
+    monkeypatch.setattr(compiled, "prepare", lambda *given: (prepare(*given)[0], 0.0))
     flags = ("Once upon a time", "--max-new-tokens", 12, "--show", "none", "--compile")
     _, screen = terminal(*flags)
     rows = screen.lines()
     assert "\rcompiling the step … 0 s" in screen.raw
-    assert rows[2] == "compiled the step in 0 s"
+    assert re.fullmatch(r"compiled the step in \d s", rows[2])
     assert rows[3].startswith("Once upon a time, there was a") and not any(
         "compiling the" in row for row in rows
     )
-    assert re.fullmatch(r"\[compiling took 0 s and saved (nothing|0\.\d s) in this run\]", rows[-1])
+    assert re.fullmatch(r"\[compiling took \d s and saved nothing in this run\]", rows[-1])
     piped = script(*flags)
     plain = script(*flags[:-1])
     assert piped.stdout == plain.stdout
     lines = piped.stderr.splitlines()
-    assert lines[2] == "compiled the step in 0 s" and "\r" not in piped.stderr
+    assert re.fullmatch(r"compiled the step in \d s", lines[2]) and "\r" not in piped.stderr
     speed = re.compile(r"[\d.,]+/s|[\d.]+ GB")
     assert speed.sub("", lines[4]) == speed.sub("", plain.stderr.splitlines()[3])
     idle = script(*flags[:1], "--max-new-tokens", 1, "--compile")
@@ -435,10 +440,8 @@ def test_what_lies_far_is_compiled_before_the_text_too(script, as_if_compiled, m
     result = script("Once upon a time", "--max-new-tokens", 700, *flags)
     assert as_if_compiled == [(False, False), (False, True)]
     lines = result.stderr.splitlines()
-    assert lines[2:4] == [
-        "compiled the step in 0 s",
-        "compiled the step beyond 600 positions in 0 s",
-    ]
+    said = r"compiled the step in \d s\ncompiled the step beyond 600 positions in \d s"
+    assert re.fullmatch(said, "\n".join(lines[2:4]))
     plain = script("Once upon a time", *flags[:2], *flags[3:])
     assert result.stdout == plain.stdout and result.stdout.endswith("friends.\n")
     as_if_compiled.clear()
