@@ -435,7 +435,7 @@ def compiled_for(
     """
     from parts import compiled
 
-    _, params, tokenizer = model
+    weights, params, tokenizer = model
     context = params["max_seq_len"]
     lengths = [1]
     if prompts is not None:
@@ -444,11 +444,15 @@ def compiled_for(
     rows = min(len(lengths), batch.MOST_ROWS)
     T = 0
     if args.device == "cuda":
-        read = compiled.compiled_prompt()
-        prefill = functools.partial(progress.prefill, read=read, chunk=compiled.CHUNK)
+        prefill = functools.partial(prefill, read=compiled.compiled_prompt())
         # A prompt that is looked at goes through the plain pass, but for the chunks before its last.
         looked_at = args.prompts is None and (args.show != "none" or args.break_at)
-        if not looked_at or max(lengths) > compiled.CHUNK:
+        if looked_at or not compiled.has_flash(weights, params):
+            chunk = eager.chunk_on_gpu(max(lengths), weights, params)  # scores are stored
+        else:
+            chunk = compiled.CHUNK
+            prefill = functools.partial(prefill, chunk=chunk)
+        if not looked_at or max(lengths) > chunk:
             T = max(2, min(max(lengths), 256))
     took: Cost | None = None
     far = max(lengths) + args.max_new_tokens

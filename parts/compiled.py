@@ -30,10 +30,13 @@ from parts.progress import progress
 
 FAR = 4096  # positions from which on attention takes another form
 PIECE = 128  # positions: for a token far into a text, a GPU cuts the cache into such pieces
-CHUNK = 4096  # tokens of a prompt that a GPU reads at once: no scores are stored
+CHUNK = 4096  # tokens of a prompt that a GPU reads at once where no scores are stored
+
+Rewrite = Callable[[torch.fx.Graph], int]
+Options = dict[str, Any]  # of Inductor
 
 # Inductor would split a loop over words of numbers, and store what is between the parts.
-ONE_LOOP: dict[str, Any] = {"realize_opcount_threshold": 1000, "realize_acc_reads_threshold": 1000}
+ONE_LOOP: Options = {"realize_opcount_threshold": 1000, "realize_acc_reads_threshold": 1000}
 
 # Inductor keeps what it made on disk, and would not see that one of these has changed: so their text joins
 # the key.
@@ -47,8 +50,8 @@ KEPT_BY_TEXT = {
 def rewritten(
     graph: torch.fx.GraphModule,
     inputs: list[Tensor],
-    rewrites: list[Callable[[torch.fx.Graph], int]],
-    options: dict[str, Any],
+    rewrites: list[Rewrite],
+    options: Options,
 ) -> Any:
     """Inductor, after rewritings of the graph: a backend for torch.compile."""
     for rewrite in rewrites:
@@ -56,6 +59,22 @@ def rewritten(
     graph.recompile()
     options = options | {"unsafe_marked_cacheable_functions": KEPT_BY_TEXT}
     return compile_fx(graph, inputs, config_patches=options)
+
+
+def capability() -> tuple[int, int]:
+    """Of an NVIDIA GPU: (8, 0) is Ampere, (9, 0) Hopper. (0, 0): it is AMD's."""
+    return (0, 0) if torch.version.hip else torch.cuda.get_device_capability()
+
+
+def has_flash(weights: llama.Weights, params: llama.Params) -> bool:
+    """Has PyTorch a flash kernel for such a model here?
+
+    For 16 bits, heads of 8, 16, … 256 numbers, and NVIDIA GPUs from Ampere on (flash_attn/flash_api.cpp).
+    """
+    like, E = weights["norm.weight"], params["head_dim"]
+    fits = like.dtype.itemsize == 2 and E % 8 == 0 and E <= 256
+    built = torch.backends.cuda.is_flash_attention_available()
+    return built and like.is_cuda and fits and capability() >= (8, 0)
 
 
 def words_are_fast(x: Tensor) -> bool:
@@ -79,56 +98,67 @@ def put_in_words(weights: llama.Weights) -> None:
         quantized.plain_product(torch.zeros(2, quantized.width_of(w)), w)
 
 
-def compiled_forward(
-    device: str,
-    many: bool = False,
-    far: bool = False,
-    prompt: bool = False,
-    small_numbers: bool = False,
-    slow_16_bits: bool = False,
-) -> Any:
-    """`forward` for one use: one token of one row, or of many, far into a text or not, or a prompt.
+def with_attention_as(attention: Callable[..., Tensor], *more: int) -> Rewrite:
+    """The rewriting that puts this function, with these further arguments, in the place of attention."""
+    return functools.partial(rewritings.with_attention, attention=attention, more=more)
 
-    It is compiled when it is first called, for any number of positions, of rows if many, of tokens if prompt.
-    small_numbers: for weights of parts/quantized.py. slow_16_bits: see eager.slow_in_16_bits.
-    """
-    pieces = functools.partial(
-        rewritings.with_attention, attention=rewritings.one_query_in_pieces, more=(PIECE,)
-    )
-    three_sums = functools.partial(rewritings.with_attention, attention=rewritings.one_query)
-    flash = functools.partial(rewritings.with_attention, attention=rewritings.flash)
+
+def form_for_cpu(
+    many: bool, small_numbers: bool, slow_16_bits: bool
+) -> tuple[list[Rewrite], Options]:
+    """Rewritings and Inductor's options for one token of one row, or of many."""
     several_rows = torch.ops.llama3_from_scratch.several_rows.default  # of parts/eager.py
-    several = functools.partial(rewritings.with_products, product=several_rows)
-    rewrites: list[Callable[[torch.fx.Graph], int]] = []
-    options: dict[str, Any] = {}
-    if prompt:
-        rewrites = [rewritings.with_real_pairs, flash]
-    elif device == "cpu":
-        options |= {"cpp.enable_floating_point_contract_flag": "fast"}
-        if not many:
-            # What is around the loops is compiled too (not where processes meet there), and what goes into a
-            # loop is computed before it, not again for each row of the weights.
-            options |= {"cpp_wrapper": processes()[1] == 1, "realize_reads_threshold": 0}
-            rewrites = [rewritings.with_loops]
-            if small_numbers:
-                # PyTorch cannot make the C++ around a loop that is compiled once and used often.
-                options |= {"cpp_wrapper": False} | ONE_LOOP
-        if slow_16_bits:  # what the loops leave: attention's products, and all of several rows
-            rewrites += [rewritings.with_float32_heads]
-            if many:
-                rewrites += [several]
+    rewrites: list[Rewrite] = []
+    options: Options = {"cpp.enable_floating_point_contract_flag": "fast"}
+    if not many:
+        # What is around the loops is compiled too (not where processes meet there), and what goes into a
+        # loop is computed before it, not again for each row of the weights.
+        options |= {"cpp_wrapper": processes()[1] == 1, "realize_reads_threshold": 0}
+        rewrites = [rewritings.with_loops]
+        if small_numbers:
+            # PyTorch cannot make the C++ around a loop that is compiled once and used often.
+            options |= {"cpp_wrapper": False} | ONE_LOOP
+    if slow_16_bits:  # what the loops leave: attention's products, and all of several rows
+        rewrites += [rewritings.with_float32_heads]
+        if many:
+            rewrites += [functools.partial(rewritings.with_products, product=several_rows)]
+    return rewrites, options
+
+
+def form_for_gpu(many: bool, far: bool, flash: bool) -> tuple[list[Rewrite], Options]:
+    """Rewritings and Inductor's options for one token of one row, or of many, far into a text or not."""
+    # Inductor measures how to cut a sum among threads, puts kernels that need nothing of each other into
+    # one, and (from Hopper on) lets each start while the one before it ends.
+    options: Options = {"coordinate_descent_tuning": True, "combo_kernels": True}
+    options |= {"triton.enable_pdl": capability() >= (9, 0)}
+    rewrites: list[Rewrite] = [rewritings.with_real_pairs]
+    if many:
+        return rewrites, options
+    rewrites += [rewritings.with_sums]
+    if not far:
+        rewrites += [with_attention_as(rewritings.one_query)]
+    elif flash:
+        rewrites += [with_attention_as(rewritings.flash_of_one_query)]
     else:
-        # Inductor measures how to cut a sum among threads, puts kernels that need nothing of each other into
-        # one, and (from Hopper on) lets each start while the one before it ends.
-        options |= {"coordinate_descent_tuning": True, "combo_kernels": True}
-        options |= {"triton.enable_pdl": torch.cuda.get_device_capability() >= (9, 0)}
-        rewrites = [rewritings.with_real_pairs]
-        if not many:
-            rewrites += [rewritings.with_sums, pieces if far else three_sums]
-        if far:
-            options |= {
-                "realize_reads_threshold": 0
-            }  # keys and values in float32, once for all queries
+        rewrites += [with_attention_as(rewritings.one_query_in_pieces, PIECE)]
+        options |= {"realize_reads_threshold": 0}  # keys, values in float32, once for all queries
+    return rewrites, options
+
+
+def form_for_prompt(flash: bool) -> tuple[list[Rewrite], Options]:
+    """Rewritings for a prompt on a GPU, and no options of Inductor's."""
+    rewrites: list[Rewrite] = [rewritings.with_real_pairs]
+    if flash:
+        rewrites += [with_attention_as(rewritings.flash)]
+    return rewrites, {}
+
+
+def compiled_forward(form: tuple[list[Rewrite], Options]) -> Any:
+    """`forward` in one of these forms.
+
+    It is compiled when it is first called, and then serves for all sizes that were marked to change.
+    """
+    rewrites, options = form
     backend = functools.partial(rewritten, rewrites=rewrites, options=options)
     return torch.compile(llama.forward, fullgraph=True, backend=backend)
 
@@ -190,11 +220,14 @@ def compiled_step() -> llama.Forward:
         given = tokens, weights, params, cache, positions, last
         known = (many, far) in codes
         if not known:
-            small = any(map(quantized.is_quantized, weights.values()))
-            slow = eager.slow_in_16_bits(weights["norm.weight"])
-            codes[many, far] = compiled_forward(
-                tokens.device.type, many, far, small_numbers=small, slow_16_bits=slow
-            )
+            if tokens.is_cpu:
+                small = any(map(quantized.is_quantized, weights.values()))
+                slow = eager.slow_in_16_bits(weights["norm.weight"])
+                form = form_for_cpu(many, small, slow)
+            else:
+                shared = params["n_kv_heads"] < params["n_heads"]  # else that kernel does not cut S
+                form = form_for_gpu(many, far, shared and has_flash(weights, params))
+            codes[many, far] = compiled_forward(form)
         code = codes[many, far]
         run = functools.partial(code, *given)
         if tokens.is_cuda:
@@ -279,7 +312,7 @@ def compiled_prompt() -> llama.Forward:
         whole = [(keys.contiguous()[:], values.contiguous()[:]) for keys, values in cache]
         new = many not in codes
         if new:
-            codes[many] = compiled_forward(tokens.device.type, many, prompt=True)
+            codes[many] = compiled_forward(form_for_prompt(has_flash(weights, params)))
             rows = (0,) if many else ()
             marked: list[tuple[Tensor, tuple[int, ...]]] = [
                 (x, (*rows, 2)) for layer in whole for x in layer

@@ -188,6 +188,13 @@ def chunk_that_fits(S: int, params: llama.Params, itemsize: int, free: float) ->
     return max(1, int(min(free / 4, 2e9) / (numbers * itemsize)))
 
 
+def chunk_on_gpu(S: int, weights: llama.Weights, params: llama.Params) -> int:
+    """How many tokens of a prompt, of S in all, fit into the GPU's memory at once, as it is now?"""
+    reserved = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # PyTorch's, and free
+    free = torch.cuda.mem_get_info()[0] + reserved
+    return chunk_that_fits(S, params, weights["norm.weight"].dtype.itemsize, free)
+
+
 def prefill(
     tokens: Tensor,
     weights: llama.Weights,
@@ -201,10 +208,7 @@ def prefill(
         options["read"] = forward
     if not tokens.is_cuda or "chunk" in options:
         return llama.prefill(tokens, weights, params, cache, start, **options)
-    reserved = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # PyTorch's, and free
-    free = torch.cuda.mem_get_info()[0] + reserved
-    S = start + tokens.shape[1]
-    chunk = chunk_that_fits(S, params, weights["norm.weight"].dtype.itemsize, free)
+    chunk = chunk_on_gpu(start + tokens.shape[1], weights, params)
     return llama.prefill(tokens, weights, params, cache, start, chunk=chunk, **options)
 
 

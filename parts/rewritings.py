@@ -14,20 +14,30 @@ from torch import Tensor
 Graph = torch.fx.Graph
 
 
+def computed(x: Tensor) -> Tensor:
+    """x, in memory: as_strided looks at what is there, so Inductor computes x once before.
+
+    Else it would compute x (a norm, silu(gate) * up) again in each row of a product.
+    """
+    return x.as_strided(x.shape, x.stride())
+
+
 # ---------------------------------------------------------------------------- complex numbers as pairs
 
 
 def turns_in_pairs(lengths: Tensor, angles: Tensor) -> Tensor:
-    """torch.polar as real numbers: (…) to (… 2), cosine and sine."""
-    return torch.stack((lengths * angles.cos(), lengths * angles.sin()), -1)
+    """torch.polar as real numbers: (…) to (… 2), cosine and sine, computed once for all layers."""
+    return computed(torch.stack((lengths * angles.cos(), lengths * angles.sin()), -1))
 
 
 def times_in_pairs(a: Tensor, b: Tensor) -> Tensor:
-    """The product of complex numbers that are pairs (… 2)."""
-    (a_real, a_imaginary), (b_real, b_imaginary) = a.unbind(-1), b.unbind(-1)
-    real = a_real * b_real - a_imaginary * b_imaginary
-    imaginary = a_real * b_imaginary + a_imaginary * b_real
-    return torch.stack((real, imaginary), -1)
+    """The product of complex numbers that are pairs (… 2): real and imaginary part, side by side.
+
+    Not as a stack of both, which Inductor would first store one by one.
+    """
+    real, imaginary = b[..., :1], b[..., 1:]
+    signs = torch.arange(-1, 2, 2, device=a.device)  # i * i is -1
+    return a * real + a.flip(-1) * (imaginary * signs)
 
 
 def as_it_is(pairs: Tensor) -> Tensor:
@@ -97,14 +107,6 @@ def with_float32_heads(graph: Graph) -> int:
             node.target = in_float32
             replaced += 1
     return replaced
-
-
-def computed(x: Tensor) -> Tensor:
-    """x, in memory: as_strided looks at what is there, so Inductor computes x once before.
-
-    Else it would compute x (a norm, silu(gate) * up) again in each row of a product.
-    """
-    return x.as_strided(x.shape, x.stride())
 
 
 def as_sums(a: Tensor, b: Tensor) -> Tensor:
@@ -205,3 +207,34 @@ def flash(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
         return kernel(q, keys, values, 0.0, True, scale=scale)[0]
     attention = torch.nn.functional.scaled_dot_product_attention
     return attention(q, keys, values, mask, scale=scale, enable_gqa=True)
+
+
+varlen_kernel = torch.ops.aten._flash_attention_forward  # what torch.nn.attention.varlen calls
+
+
+def flash_of_one_query(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Attention of one token of one row to many positions, by PyTorch's flash kernel for CUDA.
+
+    Where query heads share keys it cuts S into pieces for all processors of the GPU, then joins them
+    (Flash-Decoding, Dao et al. 2023). It reads those keys alone that the mask lets the token see.
+    """
+    _, H, _, E = q.shape
+    S = keys.shape[2]
+    bounds = torch.arange(
+        2, dtype=torch.int32, device=q.device
+    )  # where the row begins and ends: 0, 1
+    seen = (mask.view(1, S) == 0).sum(-1, dtype=torch.int32)
+    by_position = [x.squeeze(0).transpose(0, 1) for x in (q, keys, values)]  # T H E, S K E, S K E
+    heads, *_ = varlen_kernel(
+        *by_position,
+        cum_seq_q=bounds,
+        cum_seq_k=bounds * S,
+        max_q=1,
+        max_k=S,
+        dropout_p=0.0,
+        is_causal=False,
+        return_debug_mask=False,
+        scale=E**-0.5,
+        seqused_k=seen,
+    )
+    return heads.view(1, H, 1, E)

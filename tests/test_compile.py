@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import relative_error, some_tokens
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import llama3_from_scratch as llama
-from parts import compiled, eager, rewritings
+from parts import commandline, compiled, eager, rewritings
 from parts.batch import advance, rows_of
 
 pytestmark = pytest.mark.skipif(
@@ -219,6 +220,22 @@ def with_flash(graph):
     return rewritings.with_attention(graph, rewritings.flash)
 
 
+def with_flash_of_one_query(graph):
+    return rewritings.with_attention(graph, rewritings.flash_of_one_query)
+
+
+def varlen_in_words(q, k, v, cum_seq_q, cum_seq_k, max_q, max_k, scale, seqused_k, **off):
+    """What PyTorch's kernel for CUDA does: q (T H E), k and v (S K E), the first seqused_k of these."""
+    assert (max_q, max_k) == (len(q), len(k)) and not any(off.values())
+    for bounds, length in ((cum_seq_q, len(q)), (cum_seq_k, len(k))):
+        assert bounds.tolist() == [0, length] and bounds.dtype == torch.int32
+    assert seqused_k.shape == (1,) and seqused_k.dtype == torch.int32
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    k, v = (x[: int(seqused_k)].repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    probs = (torch.einsum("the,she->hts", q, k) * scale).softmax(-1)
+    return torch.einsum("hts,she->the", probs, v), None
+
+
 def with_several_rows(graph):
     return rewritings.with_products(graph, SEVERAL_ROWS)
 
@@ -233,15 +250,18 @@ def with_several_rows(graph):
         (with_several_rows, 7, 1, 1),
         (with_one_query, 1, 0, 1),
         (in_pieces, 1, 0, 1),
+        (with_flash_of_one_query, 1, 0, 1),
         (rewritings.with_real_pairs, 2, 0, 5),
         (with_flash, 1, 0, 5),
     ],
 )
 @pytest.mark.parametrize("B", [1, 2])
-def test_rewritings_give_what_forward_gives(model, rewrite, each, once, T, B):
+def test_rewritings_give_what_forward_gives(model, rewrite, each, once, T, B, monkeypatch):
     """The graph itself, not compiled: so many nodes are replaced, and the logits stay."""
-    if B > 1 and rewrite in (rewritings.with_loops, rewritings.with_sums):
+    of_one_row = (rewritings.with_loops, rewritings.with_sums, with_flash_of_one_query)
+    if B > 1 and rewrite in of_one_row:
         pytest.skip("they are for one row")
+    monkeypatch.setattr(rewritings, "varlen_kernel", varlen_in_words)
     params, weights = model(n_layers=2)
     torch._dynamo.reset()
     replaced = []
@@ -283,8 +303,72 @@ def test_products_of_several_rows_compile(monkeypatch):
     assert seen == [9, 33] * 2
 
 
-def test_the_prompts_pass_is_compiled_once(model):
+@pytest.mark.parametrize(
+    "use, attention",
+    [
+        ({"many": False, "far": False, "flash": True}, "one_query"),
+        ({"many": False, "far": True, "flash": True}, "flash_of_one_query"),
+        ({"many": False, "far": True, "flash": False}, "one_query_in_pieces"),
+        ({"many": True, "far": False, "flash": True}, None),
+        ({"many": True, "far": True, "flash": True}, None),
+        ({"flash": True}, "flash"),
+        ({"flash": False}, None),
+    ],
+)
+def test_forms_for_a_gpu(model, use, attention, monkeypatch):
+    """Which rewritings each has, by the calls that are in the graph; none for a GPU is compiled here."""
+    monkeypatch.setattr(compiled, "capability", lambda: (9, 0))
+    monkeypatch.setattr(rewritings, "varlen_kernel", varlen_in_words)
+    seen = []
+    monkeypatch.setattr(
+        compiled, "compile_fx", lambda graph, *_, **__: seen.append(graph) or graph.forward
+    )
+    params, weights = model(n_layers=2)
+    rows, T, S = (2 if use.get("many") else 1), (1 if "many" in use else 5), 2 * compiled.PIECE
+    form = (compiled.form_for_gpu if "many" in use else compiled.form_for_prompt)(**use)
+    tokens = some_tokens(params, B=rows, T=T)
+    found = []
+    for run in (compiled.compiled_forward(form), llama.forward):
+        cache = llama.make_cache(weights, params, rows, T if T > 1 else S)
+        at = torch.arange(T)[None].expand(rows, T) + (100 if T == 1 else 0)
+        found.append(run(tokens, weights, params, cache, at, torch.zeros(rows, dtype=torch.long)))
+    assert relative_error(*found) < 1e-5
+    calls = [node.target for node in seen[0].graph.nodes]
+    for name in ("one_query", "flash_of_one_query", "one_query_in_pieces", "flash"):
+        assert calls.count(getattr(rewritings, name)) == (2 if name == attention else 0), name
+    assert calls.count(rewritings.times_in_pairs) == 4
+    assert calls.count(rewritings.as_sums) == (15 if T == 1 and rows == 1 else 0)
+
+
+def test_where_pytorch_has_a_flash_kernel(model, monkeypatch):
+    """For 16 bits, heads of whole eights, Ampere and later; and it takes what it is given."""
+    params = {"head_dim": 64}
+    with FakeTensorMode():  # as if on a GPU: shapes, no numbers
+        like = {d: {"norm.weight": torch.empty(64, device="cuda", dtype=d)} for d in llama.FLOATS}
+        for has, dtype, E, version in (
+            (True, torch.bfloat16, 64, (8, 0)), (True, torch.float16, 256, (9, 0)),
+            (False, torch.float32, 64, (9, 0)), (False, torch.bfloat16, 64, (7, 5)),
+            (False, torch.bfloat16, 100, (9, 0)), (False, torch.bfloat16, 264, (9, 0)),
+            (False, torch.bfloat16, 64, (0, 0)),
+        ):  # fmt: skip
+            monkeypatch.setattr(compiled, "capability", lambda version=version: version)
+            monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+            assert compiled.has_flash(like[dtype], params | {"head_dim": E}) == has, (dtype, E)
+        assert not compiled.has_flash({"norm.weight": torch.empty(64).bfloat16()}, params)
+        q = torch.empty(1, 8, 1, 64, device="cuda", dtype=torch.bfloat16)
+        keys, mask = q.new_empty(1, 2, 300, 64), q.new_empty(1, 1, 1, 300)
+        assert rewritings.flash_of_one_query(q, keys, keys, mask).shape == q.shape
+        q = q.new_empty(2, 8, 7, 64)
+        assert (
+            rewritings.flash(q, q.new_empty(2, 2, 9, 64), q.new_empty(2, 2, 9, 64), mask).shape
+            == q.shape
+        )
+
+
+@pytest.mark.parametrize("flash", [True, False])
+def test_the_prompts_pass_is_compiled_once(model, flash, monkeypatch):
     """Any number of tokens, alone or behind others, one row; once more for several."""
+    monkeypatch.setattr(compiled, "has_flash", lambda *_: flash)
     params, weights = model(n_layers=1)
     torch._dynamo.reset()
     before, read = graphs(), compiled.compiled_prompt()
@@ -298,6 +382,37 @@ def test_the_prompts_pass_is_compiled_once(model):
         assert relative_error(found, expected) < 1e-5
         assert relative_error(cache[0][1][:, :, :T], other[0][1]) < 1e-5
     assert graphs() - before == 2
+
+
+@pytest.mark.parametrize(
+    "flags, flash, chunk, T",
+    [
+        (["Hi", "--show", "none"], True, compiled.CHUNK, 3),
+        (["Hi", "--show", "none"], False, None, 3),
+        (["Hi " * 400, "--show", "none"], True, compiled.CHUNK, 256),
+        (
+            ["Hi"],
+            True,
+            None,
+            0,
+        ),  # its shapes are shown: the plain pass alone reads it, and stores scores
+        (["Hi " * 400], True, None, 256),
+        (["--prompts", "-"], True, compiled.CHUNK, 3),
+    ],
+)
+def test_how_much_of_a_prompt_a_gpu_reads_at_once(flags, flash, chunk, T, monkeypatch):
+    """All that fits where scores are stored; which of its passes is compiled before."""
+    monkeypatch.setattr(compiled, "has_flash", lambda *_: flash)
+    monkeypatch.setattr(eager, "chunk_on_gpu", lambda *_: 100)
+    prepared = []
+    monkeypatch.setattr(compiled, "prepare", lambda *given: prepared.append(given))
+    args = commandline.parse_arguments([*flags, "--compile"])
+    args.device = "cuda"
+    model = llama.load_model(quiet=True)
+    prompts = {0: "Hi" if args.prompt is None else args.prompt}
+    _, prefill, _ = commandline.compiled_for(model, args, prompts)
+    assert prefill.keywords.get("chunk") == chunk and callable(prefill.keywords["read"])
+    assert prepared[0][5] == T
 
 
 @pytest.mark.parametrize(

@@ -100,10 +100,13 @@ def test_compiled_equals_plain_token_for_token(on_gpu):
     assert graphs() - before == 5
 
 
-def test_compiled_bfloat16_is_no_worse_than_plain(on_gpu):
+@pytest.mark.parametrize("T", [40, 4300])
+def test_compiled_bfloat16_is_no_worse_than_plain(on_gpu, T):
+    """Behind few positions, and behind so many that one token's attention is PyTorch's flash kernel."""
     params, exact, _ = on_gpu()
     weights = {name: w.bfloat16().cuda() for name, w in exact.items()}
-    tokens = some_tokens(params, B=1, T=40)
+    assert compiled.has_flash(weights, params) and params["n_kv_heads"] < params["n_heads"]
+    tokens = some_tokens(params, B=1, T=T)
     reference = llama.forward(tokens, {n: w.float().cpu() for n, w in weights.items()}, params)
     errors = []
     for step, read in (
@@ -113,8 +116,8 @@ def test_compiled_bfloat16_is_no_worse_than_plain(on_gpu):
         cache = llama.make_cache(weights, params, 1)
         with torch.no_grad():
             first = llama.prefill(tokens[:, :-1].cuda(), weights, params, cache, read=read)
-            llama.grow(cache, 128)
-            at, last = torch.tensor([[39]]).cuda(), torch.tensor([0]).cuda()
+            llama.grow(cache, T + 88)
+            at, last = torch.tensor([[T - 1]]).cuda(), torch.tensor([0]).cuda()
             second = step(tokens[:, -1:].cuda(), weights, params, cache, at, last)
         errors.append(
             [
