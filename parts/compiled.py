@@ -30,6 +30,7 @@ from parts.progress import progress
 
 FAR = 4096  # positions from which on attention takes another form
 PIECE = 128  # positions: for a token far into a text, a GPU cuts the cache into such pieces
+MANY = 8  # rows up to which four_rows is the faster product: measured
 CHUNK = 4096  # tokens of a prompt that a GPU reads at once where no scores are stored
 
 Rewrite = Callable[[torch.fx.Graph], int]
@@ -37,6 +38,10 @@ Options = dict[str, Any]  # of Inductor
 
 # Inductor would split a loop over words of numbers, and store what is between the parts.
 ONE_LOOP: Options = {"realize_opcount_threshold": 1000, "realize_acc_reads_threshold": 1000}
+
+FAST: Options = {
+    "cpp.enable_floating_point_contract_flag": "fast"
+}  # a product and a sum in one step
 
 # Inductor keeps what it made on disk, and would not see that one of these has changed: so their text joins
 # the key.
@@ -98,6 +103,55 @@ def put_in_words(weights: llama.Weights) -> None:
         quantized.plain_product(torch.zeros(2, quantized.width_of(w)), w)
 
 
+# rewritings.four_rows, compiled for a length of a row D
+four_rows: dict[int, Callable[[Tensor, Tensor], Tensor]] = {}
+
+
+def by_fours(x: Tensor, w: Tensor) -> Tensor:
+    """x (N D) times a matrix (F D) by four_rows; zeros fill up the last four rows of x."""
+    N, D = x.shape
+    filled = x.new_zeros(-(-N // 4) * 4, D, dtype=torch.float32)
+    filled[:N] = x
+    w = w[:]  # a mark stays on a tensor, and may be on one that a compiler sees later
+    mark_dynamic(w, 0)
+    return torch.cat([four_rows[D](some, w) for some in filled.split(4)])[:N].to(x.dtype)
+
+
+@torch.library.custom_op("llama3_from_scratch::several_rows", mutates_args=())
+def several_rows(a: Tensor, b: Tensor) -> Tensor:
+    """`project` for the compiled step: a (B 1 D) @ b, where b (D F) is a matrix (F D) seen turned.
+
+    One call, into which no compiler looks.
+    """
+    if len(a) <= MANY and len(b) in four_rows:
+        return by_fours(a.flatten(0, 1), b.T).unsqueeze(1)
+    return eager.project(a, b.T)
+
+
+@several_rows.register_fake
+def like_several_rows(a: Tensor, b: Tensor) -> Tensor:
+    """What several_rows gives, without its numbers: for the compiler."""
+    return a.new_empty(*a.shape[:-1], b.shape[1])
+
+
+SEVERAL_ROWS = torch.ops.llama3_from_scratch.several_rows.default
+
+
+def compile_four_rows(weights: llama.Weights) -> None:
+    """Compiles four_rows for all lengths of a row D that such weights have, each for any number of rows F."""
+    matrices = [w for w in weights.values() if w.dim() == 2 and not quantized.is_quantized(w)]
+    for D, w in {w.shape[1]: w for w in matrices}.items():
+        if D not in four_rows:
+            four_rows[D] = torch.compile(  # type: ignore[call-overload]
+                rewritings.four_rows,
+                fullgraph=True,
+                dynamic=False,
+                options=ONE_LOOP | FAST,
+                isolate_recompiles=True,  # else all D would share what PyTorch allows for one function
+            )
+        several_rows(w.new_zeros(4, 1, D), w.T)
+
+
 def with_attention_as(attention: Callable[..., Tensor], *more: int) -> Rewrite:
     """The rewriting that puts this function, with these further arguments, in the place of attention."""
     return functools.partial(rewritings.with_attention, attention=attention, more=more)
@@ -107,9 +161,8 @@ def form_for_cpu(
     many: bool, small_numbers: bool, slow_16_bits: bool
 ) -> tuple[list[Rewrite], Options]:
     """Rewritings and Inductor's options for one token of one row, or of many."""
-    several_rows = torch.ops.llama3_from_scratch.several_rows.default  # of parts/eager.py
     rewrites: list[Rewrite] = []
-    options: Options = {"cpp.enable_floating_point_contract_flag": "fast"}
+    options: Options = {**FAST}
     if not many:
         # What is around the loops is compiled too (not where processes meet there), and what goes into a
         # loop is computed before it, not again for each row of the weights.
@@ -121,7 +174,7 @@ def form_for_cpu(
     if slow_16_bits:  # what the loops leave: attention's products, and all of several rows
         rewrites += [rewritings.with_float32_heads]
         if many:
-            rewrites += [functools.partial(rewritings.with_products, product=several_rows)]
+            rewrites += [functools.partial(rewritings.with_products, product=SEVERAL_ROWS)]
     return rewrites, options
 
 
@@ -252,6 +305,8 @@ def compiled_step() -> llama.Forward:
         def prepared() -> Tensor:
             if alone and words_are_fast(tokens):
                 put_in_words(weights)
+            if many and eager.slow_in_16_bits(weights["norm.weight"]):
+                compile_four_rows(weights)
             return run()
 
         return first_call(words, prepared)

@@ -85,21 +85,6 @@ def project(x: Tensor, w: Tensor) -> Tensor:
     return y.unflatten(-1, w.shape[:-1]).transpose(1, 2) if w.dim() == 3 else y
 
 
-@torch.library.custom_op("llama3_from_scratch::several_rows", mutates_args=())
-def several_rows(a: Tensor, b: Tensor) -> Tensor:
-    """`project` for the compiled step: a (B 1 D) @ b, where b (D F) is a matrix (F D) seen turned.
-
-    One call, into which no compiler looks.
-    """
-    return project(a, b.T)
-
-
-@several_rows.register_fake
-def like_several_rows(a: Tensor, b: Tensor) -> Tensor:
-    """What several_rows gives, without its numbers: for the compiler."""
-    return a.new_empty(*a.shape[:-1], b.shape[1])
-
-
 def slow_in_16_bits(like: Tensor) -> bool:
     """Are products in this dtype slow here? Without AVX-512 those in 16 bits are, beside float32's."""
     return like.is_cpu and like.dtype.itemsize == 2 and float32_alone()

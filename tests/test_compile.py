@@ -187,7 +187,7 @@ def test_which_products_are_loops(G, X, loops, monkeypatch):
 def test_products_where_16_bits_are_slow(model, many, far, expected, slow, monkeypatch):
     """Attention's in float32 where they are no loops: the mix of one row far into a text, both of several.
 
-    With several rows those with weights, seven of the layer and the head's, are eager.several_rows.
+    With several rows those with weights, seven of the layer and the head's, are several_rows.
     """
     params, weights = model(torch.bfloat16, n_layers=1)
     params["max_seq_len"] = 8192
@@ -286,6 +286,7 @@ def test_rewritings_give_what_forward_gives(model, rewrite, each, once, T, B, mo
 def test_products_of_several_rows_compile(monkeypatch):
     """As one call into which the compiler does not look, once for any number of rows; heads and others."""
     monkeypatch.setattr(eager, "float32_alone", lambda: True)
+    monkeypatch.setattr(compiled, "four_rows", {})
     seen, by_parts = [], eager.by_parts
     monkeypatch.setattr(eager, "by_parts", lambda x, *how: seen.append(len(x)) or by_parts(x, *how))
     backend = functools.partial(compiled.rewritten, rewrites=[with_several_rows], options={})
@@ -303,66 +304,24 @@ def test_products_of_several_rows_compile(monkeypatch):
     assert seen == [9, 33] * 2
 
 
-@pytest.mark.parametrize(
-    "use, attention",
-    [
-        ({"many": False, "far": False, "flash": True}, "one_query"),
-        ({"many": False, "far": True, "flash": True}, "flash_of_one_query"),
-        ({"many": False, "far": True, "flash": False}, "one_query_in_pieces"),
-        ({"many": True, "far": False, "flash": True}, None),
-        ({"many": True, "far": True, "flash": True}, None),
-        ({"flash": True}, "flash"),
-        ({"flash": False}, None),
-    ],
-)
-def test_forms_for_a_gpu(model, use, attention, monkeypatch):
-    """Which rewritings each has, by the calls that are in the graph; none for a GPU is compiled here."""
-    monkeypatch.setattr(compiled, "capability", lambda: (9, 0))
-    monkeypatch.setattr(rewritings, "varlen_kernel", varlen_in_words)
-    seen = []
-    monkeypatch.setattr(
-        compiled, "compile_fx", lambda graph, *_, **__: seen.append(graph) or graph.forward
-    )
-    params, weights = model(n_layers=2)
-    rows, T, S = (2 if use.get("many") else 1), (1 if "many" in use else 5), 2 * compiled.PIECE
-    form = (compiled.form_for_gpu if "many" in use else compiled.form_for_prompt)(**use)
-    tokens = some_tokens(params, B=rows, T=T)
-    found = []
-    for run in (compiled.compiled_forward(form), llama.forward):
-        cache = llama.make_cache(weights, params, rows, T if T > 1 else S)
-        at = torch.arange(T)[None].expand(rows, T) + (100 if T == 1 else 0)
-        found.append(run(tokens, weights, params, cache, at, torch.zeros(rows, dtype=torch.long)))
-    assert relative_error(*found) < 1e-5
-    calls = [node.target for node in seen[0].graph.nodes]
-    for name in ("one_query", "flash_of_one_query", "one_query_in_pieces", "flash"):
-        assert calls.count(getattr(rewritings, name)) == (2 if name == attention else 0), name
-    assert calls.count(rewritings.times_in_pairs) == 4
-    assert calls.count(rewritings.as_sums) == (15 if T == 1 and rows == 1 else 0)
-
-
-def test_where_pytorch_has_a_flash_kernel(model, monkeypatch):
-    """For 16 bits, heads of whole eights, Ampere and later; and it takes what it is given."""
-    params = {"head_dim": 64}
-    with FakeTensorMode():  # as if on a GPU: shapes, no numbers
-        like = {d: {"norm.weight": torch.empty(64, device="cuda", dtype=d)} for d in llama.FLOATS}
-        for has, dtype, E, version in (
-            (True, torch.bfloat16, 64, (8, 0)), (True, torch.float16, 256, (9, 0)),
-            (False, torch.float32, 64, (9, 0)), (False, torch.bfloat16, 64, (7, 5)),
-            (False, torch.bfloat16, 100, (9, 0)), (False, torch.bfloat16, 264, (9, 0)),
-            (False, torch.bfloat16, 64, (0, 0)),
-        ):  # fmt: skip
-            monkeypatch.setattr(compiled, "capability", lambda version=version: version)
-            monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-            assert compiled.has_flash(like[dtype], params | {"head_dim": E}) == has, (dtype, E)
-        assert not compiled.has_flash({"norm.weight": torch.empty(64).bfloat16()}, params)
-        q = torch.empty(1, 8, 1, 64, device="cuda", dtype=torch.bfloat16)
-        keys, mask = q.new_empty(1, 2, 300, 64), q.new_empty(1, 1, 1, 300)
-        assert rewritings.flash_of_one_query(q, keys, keys, mask).shape == q.shape
-        q = q.new_empty(2, 8, 7, 64)
-        assert (
-            rewritings.flash(q, q.new_empty(2, 2, 9, 64), q.new_empty(2, 2, 9, 64), mask).shape
-            == q.shape
-        )
+def test_a_few_rows_go_through_one_loop(monkeypatch):
+    """By four; compiled for each length of a row once in a kind of pass, and for any number of rows."""
+    monkeypatch.setattr(compiled, "four_rows", {})
+    called = []
+    monkeypatch.setattr(eager, "project", lambda x, w: called.append(len(x)) or llama.project(x, w))
+    weights = {f"{D}": torch.randn(48, D).bfloat16() for D in (64, 96)} | {"norm": torch.ones(64)}
+    compiled.compile_four_rows(weights)
+    assert [*compiled.four_rows] == [64, 96]
+    known = graphs()
+    for D in (64, 96):
+        for F, B in ((48, 1), (48, 2), (80, 4), (33, 5), (512, 8), (48, 9)):
+            x, w = (
+                torch.randint(-8, 9, (B, 1, D)).bfloat16(),
+                torch.randint(-8, 9, (F, D)).bfloat16(),
+            )
+            y = SEVERAL_ROWS(x, w.T)
+            assert y.dtype == x.dtype and torch.equal(y, (x.long() @ w.long().T).bfloat16()), (F, B)
+    assert graphs() == known and called == [9, 9]
 
 
 @pytest.mark.parametrize("flash", [True, False])
