@@ -108,13 +108,11 @@ four_rows: dict[int, Callable[[Tensor, Tensor], Tensor]] = {}
 
 
 def by_fours(x: Tensor, w: Tensor) -> Tensor:
-    """x (N D) times a matrix (F D) by four_rows; zeros fill up the last four rows of x."""
-    N, D = x.shape
-    filled = x.new_zeros(-(-N // 4) * 4, D, dtype=torch.float32)
-    filled[:N] = x
+    """x (N D) times a matrix (F D) by four_rows."""
     w = w[:]  # a mark stays on a tensor, and may be on one that a compiler sees later
     mark_dynamic(w, 0)
-    return torch.cat([four_rows[D](some, w) for some in filled.split(4)])[:N].to(x.dtype)
+    some = eager.in_fours(x).split(4)
+    return torch.cat([four_rows[x.shape[1]](four, w) for four in some])[: len(x)].to(x.dtype)
 
 
 @torch.library.custom_op("llama3_from_scratch::several_rows", mutates_args=())
@@ -138,18 +136,26 @@ SEVERAL_ROWS = torch.ops.llama3_from_scratch.several_rows.default
 
 
 def compile_four_rows(weights: llama.Weights) -> None:
-    """Compiles four_rows for all lengths of a row D that such weights have, each for any number of rows F."""
-    matrices = [w for w in weights.values() if w.dim() == 2 and not quantized.is_quantized(w)]
-    for D, w in {w.shape[1]: w for w in matrices}.items():
-        if D not in four_rows:
-            four_rows[D] = torch.compile(  # type: ignore[call-overload]
-                rewritings.four_rows,
-                fullgraph=True,
-                dynamic=False,
-                options=ONE_LOOP | FAST,
-                isolate_recompiles=True,  # else all D would share what PyTorch allows for one function
-            )
-        several_rows(w.new_zeros(4, 1, D), w.T)
+    """Compiles four_rows and four_rows8 for all lengths of a row D of such weights.
+
+    Each for any number of rows F. Not for weights in float32 and in 4 bits.
+    """
+    # Without isolate_recompiles all D would share what PyTorch allows for one function.
+    how: Any = {
+        "fullgraph": True,
+        "dynamic": False,
+        "options": ONE_LOOP | FAST,
+        "isolate_recompiles": True,
+    }
+    for w in weights.values():
+        if w.dim() == 2 and w.dtype.itemsize == 2 and w.shape[1] not in four_rows:
+            D = w.shape[1]
+            four_rows[D] = torch.compile(rewritings.four_rows, **how)
+            several_rows(w.new_zeros(4, 1, D), w.T)
+        if w.dtype == torch.int8 and quantized.width_of(w) not in quantized.fours8:
+            D = quantized.width_of(w)
+            quantized.fours8[D] = torch.compile(quantized.four_rows8, **how)
+            quantized.in_parts(torch.zeros(4, D), w)
 
 
 def with_attention_as(attention: Callable[..., Tensor], *more: int) -> Rewrite:
@@ -305,7 +311,7 @@ def compiled_step() -> llama.Forward:
         def prepared() -> Tensor:
             if alone and words_are_fast(tokens):
                 put_in_words(weights)
-            if many and eager.slow_in_16_bits(weights["norm.weight"]):
+            if many and tokens.is_cpu and eager.float32_alone():
                 compile_four_rows(weights)
             return run()
 

@@ -85,6 +85,13 @@ def project(x: Tensor, w: Tensor) -> Tensor:
     return y.unflatten(-1, w.shape[:-1]).transpose(1, 2) if w.dim() == 3 else y
 
 
+def in_fours(x: Tensor) -> Tensor:
+    """x (N D) in float32, with rows of zeros behind it up to whole fours."""
+    filled = x.new_zeros(-(-len(x) // 4) * 4, x.shape[1], dtype=torch.float32)
+    filled[: len(x)] = x
+    return filled
+
+
 def slow_in_16_bits(like: Tensor) -> bool:
     """Are products in this dtype slow here? Without AVX-512 those in 16 bits are, beside float32's."""
     return like.is_cpu and like.dtype.itemsize == 2 and float32_alone()

@@ -324,6 +324,68 @@ def test_a_few_rows_go_through_one_loop(monkeypatch):
     assert graphs() == known and called == [9, 9]
 
 
+@pytest.mark.parametrize(
+    "use, attention",
+    [
+        ({"many": False, "far": False, "flash": True}, "one_query"),
+        ({"many": False, "far": True, "flash": True}, "flash_of_one_query"),
+        ({"many": False, "far": True, "flash": False}, "one_query_in_pieces"),
+        ({"many": True, "far": False, "flash": True}, None),
+        ({"many": True, "far": True, "flash": True}, None),
+        ({"flash": True}, "flash"),
+        ({"flash": False}, None),
+    ],
+)
+def test_forms_for_a_gpu(model, use, attention, monkeypatch):
+    """Which rewritings each has, by the calls that are in the graph; none for a GPU is compiled here."""
+    monkeypatch.setattr(compiled, "capability", lambda: (9, 0))
+    monkeypatch.setattr(rewritings, "varlen_kernel", varlen_in_words)
+    seen = []
+    monkeypatch.setattr(
+        compiled, "compile_fx", lambda graph, *_, **__: seen.append(graph) or graph.forward
+    )
+    params, weights = model(n_layers=2)
+    rows, T, S = (2 if use.get("many") else 1), (1 if "many" in use else 5), 2 * compiled.PIECE
+    form = (compiled.form_for_gpu if "many" in use else compiled.form_for_prompt)(**use)
+    tokens = some_tokens(params, B=rows, T=T)
+    found = []
+    for run in (compiled.compiled_forward(form), llama.forward):
+        cache = llama.make_cache(weights, params, rows, T if T > 1 else S)
+        at = torch.arange(T)[None].expand(rows, T) + (100 if T == 1 else 0)
+        found.append(run(tokens, weights, params, cache, at, torch.zeros(rows, dtype=torch.long)))
+    assert relative_error(*found) < 1e-5
+    calls = [node.target for node in seen[0].graph.nodes]
+    for name in ("one_query", "flash_of_one_query", "one_query_in_pieces", "flash"):
+        assert calls.count(getattr(rewritings, name)) == (2 if name == attention else 0), name
+    assert calls.count(rewritings.times_in_pairs) == 4
+    assert calls.count(rewritings.as_sums) == (15 if T == 1 and rows == 1 else 0)
+
+
+def test_where_pytorch_has_a_flash_kernel(model, monkeypatch):
+    """For 16 bits, heads of whole eights, Ampere and later; and it takes what it is given."""
+    params = {"head_dim": 64}
+    with FakeTensorMode():  # as if on a GPU: shapes, no numbers
+        like = {d: {"norm.weight": torch.empty(64, device="cuda", dtype=d)} for d in llama.FLOATS}
+        for has, dtype, E, version in (
+            (True, torch.bfloat16, 64, (8, 0)), (True, torch.float16, 256, (9, 0)),
+            (False, torch.float32, 64, (9, 0)), (False, torch.bfloat16, 64, (7, 5)),
+            (False, torch.bfloat16, 100, (9, 0)), (False, torch.bfloat16, 264, (9, 0)),
+            (False, torch.bfloat16, 64, (0, 0)),
+        ):  # fmt: skip
+            monkeypatch.setattr(compiled, "capability", lambda version=version: version)
+            monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+            assert compiled.has_flash(like[dtype], params | {"head_dim": E}) == has, (dtype, E)
+        assert not compiled.has_flash({"norm.weight": torch.empty(64).bfloat16()}, params)
+        q = torch.empty(1, 8, 1, 64, device="cuda", dtype=torch.bfloat16)
+        keys, mask = q.new_empty(1, 2, 300, 64), q.new_empty(1, 1, 1, 300)
+        assert rewritings.flash_of_one_query(q, keys, keys, mask).shape == q.shape
+        q = q.new_empty(2, 8, 7, 64)
+        assert (
+            rewritings.flash(q, q.new_empty(2, 2, 9, 64), q.new_empty(2, 2, 9, 64), mask).shape
+            == q.shape
+        )
+
+
 @pytest.mark.parametrize("flash", [True, False])
 def test_the_prompts_pass_is_compiled_once(model, flash, monkeypatch):
     """Any number of tokens, alone or behind others, one row; once more for several."""

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from conftest import relative_error, some_tokens
+from torch._dynamo.utils import counters
 
 import llama3_from_scratch as llama
 from parts import compiled, eager, inside, quantized
@@ -337,6 +338,35 @@ def test_several_rows_compile(kind):
             x = torch.randn(N, 64, generator=torch.Generator().manual_seed(1))
             expected = x.double() @ quantized.dequantized(one).double().T
             assert relative_error(run(x, one), expected) < 1e-6
+
+
+@needs_a_compiler
+def test_a_few_rows_in_8_bits_go_through_one_loop(monkeypatch):
+    """By four; compiled once for a length of a row. A matrix of no whole words, and many rows, go without."""
+    monkeypatch.setattr(quantized, "fours8", {})
+    plain, called = quantized.plain_product, []
+    monkeypatch.setattr(
+        quantized, "plain_product", lambda x, w: called.append(len(x)) or plain(x, w)
+    )
+    ones = [
+        quantized.quantized(normal(F, D, F), "int8") for D in (64, 96) for F in (48, 80, 33, 512)
+    ]
+    compiled.compile_four_rows(
+        {"norm": torch.ones(64)} | {f"{n}": one for n, one in enumerate(ones)}
+    )
+    assert [*quantized.fours8] == [64, 96] and not called
+    known = counters["stats"]["unique_graphs"]
+    for one in ones:
+        D, whole = quantized.width_of(one), one.numel() % 4 == 0
+        for N in (1, 4, 5, 16, 17):
+            x = torch.randn(N, D, generator=torch.Generator().manual_seed(N))
+            y, exact = (
+                quantized.in_parts(x, one),
+                x.double() @ quantized.dequantized(one).double().T,
+            )
+            assert relative_error(y, exact) < 1e-6 and called == [N] * (N == 17 or not whole)
+            called.clear()
+    assert counters["stats"]["unique_graphs"] == known
 
 
 @needs_a_compiler
