@@ -104,7 +104,7 @@ def put_in_words(weights: llama.Weights) -> None:
 
 
 # rewritings.four_rows, compiled for a length of a row D
-four_rows: dict[int, Callable[[Tensor, Tensor], Tensor]] = {}
+fours: dict[int, Callable[[Tensor, Tensor], Tensor]] = {}
 
 
 def by_fours(x: Tensor, w: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def by_fours(x: Tensor, w: Tensor) -> Tensor:
     w = w[:]  # a mark stays on a tensor, and may be on one that a compiler sees later
     mark_dynamic(w, 0)
     some = eager.in_fours(x).split(4)
-    return torch.cat([four_rows[x.shape[1]](four, w) for four in some])[: len(x)].to(x.dtype)
+    return torch.cat([fours[x.shape[1]](four, w) for four in some])[: len(x)].to(x.dtype)
 
 
 @torch.library.custom_op("llama3_from_scratch::several_rows", mutates_args=())
@@ -121,7 +121,7 @@ def several_rows(a: Tensor, b: Tensor) -> Tensor:
 
     One call, into which no compiler looks.
     """
-    if len(a) <= MANY and len(b) in four_rows:
+    if len(a) <= MANY and len(b) in fours:
         return by_fours(a.flatten(0, 1), b.T).unsqueeze(1)
     return eager.project(a, b.T)
 
@@ -140,17 +140,13 @@ def compile_four_rows(weights: llama.Weights) -> None:
 
     Each for any number of rows F. Not for weights in float32 and in 4 bits.
     """
-    # Without isolate_recompiles all D would share what PyTorch allows for one function.
-    how: Any = {
-        "fullgraph": True,
-        "dynamic": False,
-        "options": ONE_LOOP | FAST,
-        "isolate_recompiles": True,
-    }
+    # Each D is compiled apart, and again in a pass of another kind, such as one with gradients.
+    how: Any = {"options": ONE_LOOP | FAST, "fullgraph": True, "dynamic": False}
+    how |= {"isolate_recompiles": True, "recompile_limit": 64}
     for w in weights.values():
-        if w.dim() == 2 and w.dtype.itemsize == 2 and w.shape[1] not in four_rows:
+        if w.dim() == 2 and w.dtype.itemsize == 2 and w.shape[1] not in fours:
             D = w.shape[1]
-            four_rows[D] = torch.compile(rewritings.four_rows, **how)
+            fours[D] = torch.compile(rewritings.four_rows, **how)
             several_rows(w.new_zeros(4, 1, D), w.T)
         if w.dtype == torch.int8 and quantized.width_of(w) not in quantized.fours8:
             D = quantized.width_of(w)

@@ -286,7 +286,7 @@ def test_rewritings_give_what_forward_gives(model, rewrite, each, once, T, B, mo
 def test_products_of_several_rows_compile(monkeypatch):
     """As one call into which the compiler does not look, once for any number of rows; heads and others."""
     monkeypatch.setattr(eager, "float32_alone", lambda: True)
-    monkeypatch.setattr(compiled, "four_rows", {})
+    monkeypatch.setattr(compiled, "fours", {})
     seen, by_parts = [], eager.by_parts
     monkeypatch.setattr(eager, "by_parts", lambda x, *how: seen.append(len(x)) or by_parts(x, *how))
     backend = functools.partial(compiled.rewritten, rewrites=[with_several_rows], options={})
@@ -306,12 +306,12 @@ def test_products_of_several_rows_compile(monkeypatch):
 
 def test_a_few_rows_go_through_one_loop(monkeypatch):
     """By four; compiled for each length of a row once in a kind of pass, and for any number of rows."""
-    monkeypatch.setattr(compiled, "four_rows", {})
+    monkeypatch.setattr(compiled, "fours", {})
     called = []
     monkeypatch.setattr(eager, "project", lambda x, w: called.append(len(x)) or llama.project(x, w))
     weights = {f"{D}": torch.randn(48, D).bfloat16() for D in (64, 96)} | {"norm": torch.ones(64)}
     compiled.compile_four_rows(weights)
-    assert [*compiled.four_rows] == [64, 96]
+    assert [*compiled.fours] == [64, 96]
     known = graphs()
     for D in (64, 96):
         for F, B in ((48, 1), (48, 2), (80, 4), (33, 5), (512, 8), (48, 9)):
