@@ -420,18 +420,11 @@ fours8: dict[int, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
 
 def by_fours8(x: Tensor, w: Tensor) -> Tensor:
     """x (N D) times a matrix (F D) in 8 bits by four_rows8."""
-    mark_dynamic = torch._dynamo.mark_dynamic
-    D, one = x.shape[1], as_floats(w)
-    groups = D // GROUP
-    count = (
-        2 * len(one) // (17 * groups) * 8 * groups
-    )  # a group has eight words, and half a word for its scale
-    words, scales = (
-        one[:count].view(-1, groups, 8),
-        one[count:].view(torch.float16).view(-1, groups),
-    )
-    mark_dynamic(words, 0)
-    mark_dynamic(scales, 0)
+    D, groups = x.shape[1], x.shape[1] // GROUP
+    numbers, scales = split(w)
+    words = numbers.view(torch.float32).view(-1, groups, 8)
+    for what in (words, scales):
+        torch._dynamo.mark_dynamic(what, 0)
     filled = eager.in_fours(x).unflatten(-1, (groups, 8, 4)) / 2**24
     some = filled.transpose(2, 3).contiguous().split(4)
     return torch.cat([fours8[D](four, words, scales) for four in some])[: len(x)].to(x.dtype)
@@ -440,7 +433,7 @@ def by_fours8(x: Tensor, w: Tensor) -> Tensor:
 @torch.library.custom_op("llama3_from_scratch::in_parts", mutates_args=())
 def in_parts(x: Tensor, w: Tensor) -> Tensor:
     """plain_product as one call, into which a compiler does not look: for several rows on a CPU."""
-    if len(x) <= FEW and w.dtype == torch.int8 and x.shape[1] in fours8 and w.numel() % 4 == 0:
+    if len(x) <= FEW and w.dtype == torch.int8 and x.shape[1] in fours8:
         return by_fours8(x, w)
     return plain_product(x, w)
 

@@ -226,9 +226,8 @@ def flash_of_one_query(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) ->
     """
     _, H, _, E = q.shape
     S = keys.shape[2]
-    bounds = torch.arange(
-        2, dtype=torch.int32, device=q.device
-    )  # where the row begins and ends: 0, 1
+    # Where the one row begins and ends: 0 and 1.
+    bounds = torch.arange(2, dtype=torch.int32, device=q.device)
     seen = (mask.view(1, S) == 0).sum(-1, dtype=torch.int32)
     by_position = [x.squeeze(0).transpose(0, 1) for x in (q, keys, values)]  # T H E, S K E, S K E
     heads, *_ = varlen_kernel(
