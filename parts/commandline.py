@@ -447,12 +447,9 @@ def compiled_for(
         prefill = functools.partial(prefill, read=compiled.compiled_prompt())
         # A prompt that is looked at goes through the plain pass, but for the chunks before its last.
         looked_at = args.prompts is None and (args.show != "none" or args.break_at)
-        if looked_at or not compiled.has_flash(weights, params):
-            chunk = eager.chunk_on_gpu(max(lengths), weights, params)  # scores are stored
-        else:
-            chunk = compiled.CHUNK
-            prefill = functools.partial(prefill, chunk=chunk)
-        if not looked_at or max(lengths) > chunk:
+        if compiled.has_flash(weights, params) and not args.break_at:
+            prefill = functools.partial(prefill, chunk=compiled.CHUNK)  # no scores are stored
+        if not looked_at or max(lengths) > eager.chunk_on_gpu(max(lengths), weights, params):
             T = max(2, min(max(lengths), 256))
     took: Cost | None = None
     far = max(lengths) + args.max_new_tokens

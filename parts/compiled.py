@@ -1,10 +1,11 @@
 """`forward`, compiled, for the script's --compile: the same function, as machine code.
 
 On a CPU, the matrix products of one token become loops: over the weights, as fast as memory is read. Where it
-has no fast products in 16 bits, those of several rows become calls of parts/eager.py. On a GPU they become
-sums that Inductor fuses with what stands around them, if they are of one token; attention takes another form
-for one token, for one token far into a text, and for a prompt, and the compiled step is recorded in a CUDA
-graph: one launch in place of hundreds. What is put in place of what stands in parts/rewritings.py.
+has no fast products in 16 bits, those of several rows become one call each, several_rows, which goes through
+the weights once for four rows. On a GPU they become sums that Inductor fuses with what stands around them, if
+they are of one token; attention takes another form for one token, for one token far into a text, and for a
+prompt, as PyTorch's flash kernel where there is one, and the compiled step is recorded in a CUDA graph: one
+launch in place of hundreds. What is put in place of what stands in parts/rewritings.py.
 """
 
 import functools
@@ -30,7 +31,7 @@ from parts.progress import progress
 
 FAR = 4096  # positions from which on attention takes another form
 PIECE = 128  # positions: for a token far into a text, a GPU cuts the cache into such pieces
-MANY = 8  # rows up to which four_rows is the faster product: measured
+MOST_IN_FOURS = 8  # rows up to which four_rows is the faster product: measured
 CHUNK = 4096  # tokens of a prompt that a GPU reads at once where no scores are stored
 
 Rewrite = Callable[[torch.fx.Graph], int]
@@ -39,9 +40,8 @@ Options = dict[str, Any]  # of Inductor
 # Inductor would split a loop over words of numbers, and store what is between the parts.
 ONE_LOOP: Options = {"realize_opcount_threshold": 1000, "realize_acc_reads_threshold": 1000}
 
-FAST: Options = {
-    "cpp.enable_floating_point_contract_flag": "fast"
-}  # a product and a sum in one step
+# A product and a sum are one instruction.
+FAST: Options = {"cpp.enable_floating_point_contract_flag": "fast"}
 
 # Inductor keeps what it made on disk, and would not see that one of these has changed: so their text joins
 # the key.
@@ -82,6 +82,11 @@ def has_flash(weights: llama.Weights, params: llama.Params) -> bool:
     return built and like.is_cuda and fits and capability() >= (8, 0)
 
 
+def has_flash_for_one(weights: llama.Weights, params: llama.Params) -> bool:
+    """Has PyTorch a flash kernel that cuts positions into pieces for one token: where heads share keys?"""
+    return params["n_kv_heads"] < params["n_heads"] and has_flash(weights, params)
+
+
 def words_are_fast(x: Tensor) -> bool:
     """Is one token in 4 bits faster by words than by PyTorch's kernel here? Measured where a CPU has AVX2."""
     return x.is_cpu and torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -108,8 +113,7 @@ fours: dict[int, Callable[[Tensor, Tensor], Tensor]] = {}
 
 
 def by_fours(x: Tensor, w: Tensor) -> Tensor:
-    """x (N D) times a matrix (F D) by four_rows."""
-    w = w[:]  # a mark stays on a tensor, and may be on one that a compiler sees later
+    """x (N D) times a matrix (F D) by four_rows. w gets a mark of the compiler, so it should be a view."""
     mark_dynamic(w, 0)
     some = eager.in_fours(x).split(4)
     return torch.cat([fours[x.shape[1]](four, w) for four in some])[: len(x)].to(x.dtype)
@@ -121,8 +125,9 @@ def several_rows(a: Tensor, b: Tensor) -> Tensor:
 
     One call, into which no compiler looks.
     """
-    if len(a) <= MANY and len(b) in fours:
-        return by_fours(a.flatten(0, 1), b.T).unsqueeze(1)
+    rows = a.flatten(0, 1)
+    if len(rows) <= MOST_IN_FOURS and len(b) in fours:
+        return by_fours(rows, b.T).unflatten(0, a.shape[:2])
     return eager.project(a, b.T)
 
 
@@ -140,9 +145,9 @@ def compile_four_rows(weights: llama.Weights) -> None:
 
     Each for any number of rows F. Not for weights in float32 and in 4 bits.
     """
-    # Each D is compiled apart, and again in a pass of another kind, such as one with gradients.
+    # PyTorch counts together all D, and passes of another kind: with gradients, in another dtype, …
     how: Any = {"options": ONE_LOOP | FAST, "fullgraph": True, "dynamic": False}
-    how |= {"isolate_recompiles": True, "recompile_limit": 64}
+    how |= {"recompile_limit": 64}
     for w in weights.values():
         if w.dim() == 2 and w.dtype.itemsize == 2 and w.shape[1] not in fours:
             D = w.shape[1]
@@ -280,8 +285,7 @@ def compiled_step() -> llama.Forward:
                 slow = eager.slow_in_16_bits(weights["norm.weight"])
                 form = form_for_cpu(many, small, slow)
             else:
-                shared = params["n_kv_heads"] < params["n_heads"]  # else that kernel does not cut S
-                form = form_for_gpu(many, far, shared and has_flash(weights, params))
+                form = form_for_gpu(many, far, has_flash_for_one(weights, params))
             codes[many, far] = compiled_forward(form)
         code = codes[many, far]
         run = functools.partial(code, *given)

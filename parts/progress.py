@@ -123,6 +123,8 @@ def prefill(
     """The prefill of parts/eager.py; on a terminal it shows how much of a long prompt has been read.
 
     watched: forward with breakpoints, for each chunk. probe: what writes to the terminal, for the last chunk.
+    chunk (as in the script's prefill): for a GPU, and forms of forward that store no scores. A last chunk that
+    is looked at is only as large as its scores fit into memory.
     """
 
     def ticking(chunk: Tensor, inner: llama.Probe | None) -> llama.Probe:
@@ -153,5 +155,12 @@ def prefill(
         return counted(chunk, *how, inner=probe)
 
     options |= {"read": counted, "watched": looked_at if probe else None}
+    ahead = 0
+    if probe is not None and "chunk" in options:
+        T = tokens.shape[1]
+        ahead = max(0, T - eager.chunk_on_gpu(start + T, weights, params))
     with progress("reading the prompt", tokens.numel(), "tok") as advance:
-        return eager.prefill(tokens, weights, params, cache, start, **options)
+        if ahead > 0:
+            before = options | {"watched": None}
+            eager.prefill(tokens[:, :ahead], weights, params, cache, start, **before)
+        return eager.prefill(tokens[:, ahead:], weights, params, cache, start + ahead, **options)

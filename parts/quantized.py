@@ -25,7 +25,7 @@ from parts.rewritings import computed
 KINDS = ("int8", "int4")
 GROUP = 32  # numbers of a row that share a scale
 SMALLEST = 2.0**-24  # of float16, so that no group is divided by 0
-FEW = 16  # rows up to which four_rows8 is the faster product: measured
+MOST_IN_FOURS = 16  # rows up to which four_rows8 is the faster product: measured
 MANY = 64  # rows, for which it pays to turn a matrix back into float32
 SIDE = 8  # groups whose words of 4 bits stand side by side, where a row has whole such blocks
 
@@ -398,7 +398,7 @@ def dequantize_words(words: Tensor, pairs: Tensor) -> Tensor:
 
 
 def four_rows8(x: Tensor, words: Tensor, scales: Tensor) -> Tensor:
-    """x (4 groups 4 8) as from for_words8, times a matrix in 8 bits, in one loop through it: float32 (4 F).
+    """x (4 groups 4 8) as for_words8 has it, times a matrix in 8 bits, in one loop through it: float32 (4 F).
 
     words (F groups 8) as float32, scales (F groups).
     """
@@ -433,7 +433,7 @@ def by_fours8(x: Tensor, w: Tensor) -> Tensor:
 @torch.library.custom_op("llama3_from_scratch::in_parts", mutates_args=())
 def in_parts(x: Tensor, w: Tensor) -> Tensor:
     """plain_product as one call, into which a compiler does not look: for several rows on a CPU."""
-    if len(x) <= FEW and w.dtype == torch.int8 and x.shape[1] in fours8:
+    if len(x) <= MOST_IN_FOURS and w.dtype == torch.int8 and x.shape[1] in fours8:
         return by_fours8(x, w)
     return plain_product(x, w)
 

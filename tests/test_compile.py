@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import llama3_from_scratch as llama
-from parts import commandline, compiled, eager, rewritings
+from parts import commandline, compiled, eager, progress, rewritings
 from parts.batch import advance, rows_of
 
 pytestmark = pytest.mark.skipif(
@@ -193,6 +193,9 @@ def test_products_where_16_bits_are_slow(model, many, far, expected, slow, monke
     params["max_seq_len"] = 8192
     seen, rows = [], 2 if many else 1
     monkeypatch.setattr(compiled.eager, "float32_alone", lambda: slow)
+    monkeypatch.setattr(compiled, "fours", {})
+    in_fours, by_fours = [], compiled.by_fours
+    monkeypatch.setattr(compiled, "by_fours", lambda *xw: in_fours.append(xw) or by_fours(*xw))
     monkeypatch.setattr(
         compiled, "compile_fx", lambda graph, *_, **__: seen.append(graph) or graph.forward
     )
@@ -204,6 +207,9 @@ def test_products_where_16_bits_are_slow(model, many, far, expected, slow, monke
     calls = [node.target for node in seen[0].graph.nodes]
     assert calls.count(rewritings.in_float32) == (expected if slow else 0)
     assert calls.count(SEVERAL_ROWS) == (8 if slow and many else 0)
+    lengths = {w.shape[1] for w in weights.values() if w.dim() == 2}
+    assert {*compiled.fours} == (lengths if slow and many else set())
+    assert len(in_fours) == (8 + len(lengths) if slow and many else 0)
     plain = llama.forward(at, weights, params, llama.make_cache(weights, params, rows, 64), at)
     assert relative_error(logits, plain) < 0.02
 
@@ -309,11 +315,12 @@ def test_a_few_rows_go_through_one_loop(monkeypatch):
     monkeypatch.setattr(compiled, "fours", {})
     called = []
     monkeypatch.setattr(eager, "project", lambda x, w: called.append(len(x)) or llama.project(x, w))
-    weights = {f"{D}": torch.randn(48, D).bfloat16() for D in (64, 96)} | {"norm": torch.ones(64)}
-    compiled.compile_four_rows(weights)
-    assert [*compiled.fours] == [64, 96]
+    weights = {f"{D}": torch.randn(48, D).bfloat16() for D in (64, 96, 33)}
+    with torch._dynamo.config.patch(recompile_limit=2):
+        compiled.compile_four_rows(weights | {"norm": torch.ones(64)})
+    assert [*compiled.fours] == [64, 96, 33]
     known = graphs()
-    for D in (64, 96):
+    for D in compiled.fours:
         for F, B in ((48, 1), (48, 2), (80, 4), (33, 5), (512, 8), (48, 9)):
             x, w = (
                 torch.randint(-8, 9, (B, 1, D)).bfloat16(),
@@ -321,7 +328,7 @@ def test_a_few_rows_go_through_one_loop(monkeypatch):
             )
             y = SEVERAL_ROWS(x, w.T)
             assert y.dtype == x.dtype and torch.equal(y, (x.long() @ w.long().T).bfloat16()), (F, B)
-    assert graphs() == known and called == [9, 9]
+    assert graphs() == known and called == [9] * 3
 
 
 @pytest.mark.parametrize(
@@ -376,6 +383,10 @@ def test_where_pytorch_has_a_flash_kernel(model, monkeypatch):
             monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
             assert compiled.has_flash(like[dtype], params | {"head_dim": E}) == has, (dtype, E)
         assert not compiled.has_flash({"norm.weight": torch.empty(64).bfloat16()}, params)
+        monkeypatch.setattr(compiled, "capability", lambda: (9, 0))
+        for has, K in ((True, 2), (False, 8)):
+            heads = params | {"n_heads": 8, "n_kv_heads": K}
+            assert compiled.has_flash_for_one(like[torch.bfloat16], heads) == has
         q = torch.empty(1, 8, 1, 64, device="cuda", dtype=torch.bfloat16)
         keys, mask = q.new_empty(1, 2, 300, 64), q.new_empty(1, 1, 1, 300)
         assert rewritings.flash_of_one_query(q, keys, keys, mask).shape == q.shape
@@ -411,13 +422,14 @@ def test_the_prompts_pass_is_compiled_once(model, flash, monkeypatch):
         (["Hi", "--show", "none"], True, compiled.CHUNK, 3),
         (["Hi", "--show", "none"], False, None, 3),
         (["Hi " * 400, "--show", "none"], True, compiled.CHUNK, 256),
+        (["Hi"], True, compiled.CHUNK, 0),  # its shapes are shown: the plain pass alone reads it
+        (["Hi " * 400], True, compiled.CHUNK, 256),
         (
-            ["Hi"],
+            ["Hi " * 400, "--break-at", "norm"],
             True,
             None,
-            0,
-        ),  # its shapes are shown: the plain pass alone reads it, and stores scores
-        (["Hi " * 400], True, None, 256),
+            256,
+        ),  # all of it goes through the plain pass
         (["--prompts", "-"], True, compiled.CHUNK, 3),
     ],
 )
@@ -434,6 +446,31 @@ def test_how_much_of_a_prompt_a_gpu_reads_at_once(flags, flash, chunk, T, monkey
     _, prefill, _ = commandline.compiled_for(model, args, prompts)
     assert prefill.keywords.get("chunk") == chunk and callable(prefill.keywords["read"])
     assert prepared[0][5] == T
+
+
+def test_a_chunk_that_is_looked_at_fits(model, monkeypatch, capsys):
+    """Those before it are as large as the compiled pass has them."""
+    monkeypatch.setattr(eager, "chunk_on_gpu", lambda *_: 16)
+    params, weights = model(n_layers=1)
+    tokens, read, shown = some_tokens(params, B=1, T=90), [], []
+
+    def compiled_pass(chunk, *how):
+        read.append(chunk.shape[1])
+        return llama.forward(chunk, *how)
+
+    def probe(name, dims, tensor):
+        shown.append(tensor.shape[1]) if name == "tokens" else None
+        return tensor
+
+    for T, expected, last in ((90, [40, 34], 16), (16, [], 16), (5, [], 5)):
+        read.clear(), shown.clear()
+        cache = llama.make_cache(weights, params, 1)
+        given = tokens[:, :T], weights, params, cache
+        logits = progress.prefill(*given, read=compiled_pass, probe=probe, chunk=40)
+        expected_logits = llama.forward(tokens[:, :T], weights, params)[:, -1:]
+        assert (read, shown) == (expected, [last])
+        assert relative_error(logits, expected_logits) < 1e-5
+    capsys.readouterr()
 
 
 @pytest.mark.parametrize(

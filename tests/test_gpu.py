@@ -105,7 +105,8 @@ def test_compiled_bfloat16_is_no_worse_than_plain(on_gpu, T):
     """Behind few positions, and behind so many that one token's attention is PyTorch's flash kernel."""
     params, exact, _ = on_gpu()
     weights = {name: w.bfloat16().cuda() for name, w in exact.items()}
-    assert compiled.has_flash(weights, params) and params["n_kv_heads"] < params["n_heads"]
+    if T > compiled.FAR and not compiled.has_flash_for_one(weights, params):
+        pytest.skip("needs a GPU from Ampere on")
     tokens = some_tokens(params, B=1, T=T)
     reference = llama.forward(tokens, {n: w.float().cpu() for n, w in weights.items()}, params)
     errors = []
