@@ -123,8 +123,8 @@ def prefill(
     """The prefill of parts/eager.py; on a terminal it shows how much of a long prompt has been read.
 
     watched: forward with breakpoints, for each chunk. probe: what writes to the terminal, for the last chunk.
-    chunk (as in the script's prefill): for a GPU, and forms of forward that store no scores. A last chunk that
-    is looked at is only as large as its scores fit into memory.
+    chunk (as in the script's prefill): for a GPU, and a read that stores no scores. A last chunk that is
+    looked at is only as large as its scores fit into memory.
     """
 
     def ticking(chunk: Tensor, inner: llama.Probe | None) -> llama.Probe:
