@@ -164,7 +164,7 @@ def with_attention(
 
 
 def one_query(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Attention of one token, T = 1, as products and sums that Inductor fuses: three kernels."""
+    """Attention of one token, T = 1, as products and sums that Inductor fuses to few kernels."""
     B, H, T, E = q.shape
     K = keys.shape[1]
     q = computed(q.reshape(B, K, H // K, 1, E)).float()  # B K G 1 E
